@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which CoCoA class a checkpoint is loaded with."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from .modeling_cocoa import CocoaModelMixin
+from .modeling_cocoa_qwen2_5_vl import CocoaQwen2_5_VLModel
+from .modeling_cocoa_qwen2_vl import CocoaQwen2VLModel
+
+BACKBONES: dict[str, type[CocoaModelMixin]] = {
+    "qwen2_vl": CocoaQwen2VLModel,
+    "qwen2_5_vl": CocoaQwen2_5_VLModel,
+}
+"""The backbone class of each `model_type`."""
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+"""Arguments of `from_pretrained` that say where the files are."""
+
+
+def load_backbone(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> CocoaModelMixin:
+    """
+    Load a CoCoA checkpoint or a generative Qwen2-VL / Qwen2.5-VL one as the backbone of its kind.
+
+    Args:
+        pretrained_model_name_or_path: Folder or Hub name.
+        kwargs: For the class's `from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint is of another kind of model.
+    """
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    model_type = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0].get("model_type")
+    if model_type not in BACKBONES:
+        raise ValueError(
+            f"{pretrained_model_name_or_path} is a checkpoint of model type {model_type!r}; CoCoA takes "
+            f"{sorted(BACKBONES)}."
+        )
+    return BACKBONES[model_type].from_pretrained(pretrained_model_name_or_path, **kwargs)

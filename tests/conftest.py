@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small real models of both backbones, shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports a library that reads them: no test goes to the network or tells anyone that it ran.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLModel,
+)
+
+from modeling_cocoa.modeling_cocoa_qwen2_5_vl import CocoaQwen2_5_VLModel
+from modeling_cocoa.modeling_cocoa_qwen2_vl import CocoaQwen2VLModel
+
+VOCAB, EOS_ID, MASK_ID, PAD_ID = 300, 295, 296, 297
+IMAGE_ID, VIDEO_ID, VISION_START_ID, VISION_END_ID = 290, 291, 292, 293
+CLASSES = {
+    "qwen2_vl": (Qwen2VLConfig, CocoaQwen2VLModel, Qwen2VLModel, Qwen2VLForConditionalGeneration),
+    "qwen2_5_vl": (
+        Qwen2_5_VLConfig,
+        CocoaQwen2_5_VLModel,
+        Qwen2_5_VLModel,
+        Qwen2_5_VLForConditionalGeneration,
+    ),
+}
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 3, 3]},
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": EOS_ID,
+    "pad_token_id": PAD_ID,
+}
+VISION = {
+    "qwen2_vl": {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
+    "qwen2_5_vl": {
+        "hidden_size": 32,
+        "out_hidden_size": 64,
+        "intermediate_size": 64,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+    },
+}
+
+
+def tiny_config(model_type: str):
+    """A configuration of a few thousand parameters, built from nothing."""
+    return CLASSES[model_type][0](
+        text_config=dict(TEXT),
+        vision_config={"depth": 2, "num_heads": 2, "patch_size": 8, **VISION[model_type]},
+        image_token_id=IMAGE_ID,
+        video_token_id=VIDEO_ID,
+        vision_start_token_id=VISION_START_ID,
+        vision_end_token_id=VISION_END_ID,
+        tie_word_embeddings=True,
+    )
+
+
+def sharpen(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights five times as large: random attention is nearly uniform otherwise, and hides mistakes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    return model.eval()
+
+
+@pytest.fixture(params=sorted(CLASSES))
+def model_type(request) -> str:
+    """Each backbone in turn."""
+    return request.param
+
+
+@pytest.fixture
+def backbone(model_type):
+    """A tiny CoCoA backbone with random weights."""
+    torch.manual_seed(0)
+    return sharpen(CLASSES[model_type][1](tiny_config(model_type)))

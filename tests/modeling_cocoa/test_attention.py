@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_cocoa.attention import (
+    EOS,
+    FLEX_ATTENTION,
+    PADDING,
+    SOURCE,
+    TARGET,
+    attention_mask_for,
+    collaborative_block_mask,
+    collaborative_mask,
+)
+
+# The method's table, written out by hand.
+TABLE = {
+    (SOURCE, SOURCE): True,
+    (SOURCE, EOS): True,
+    (SOURCE, TARGET): False,
+    (EOS, SOURCE): True,
+    (EOS, EOS): True,
+    (EOS, TARGET): False,
+    (TARGET, SOURCE): False,
+    (TARGET, EOS): True,
+    (TARGET, TARGET): True,
+}
+
+
+def by_hand(segments, samples):
+    tokens = len(segments)
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for query in range(tokens):
+        for key in range(tokens):
+            pair = segments[query], segments[key]
+            mask[query, key] = PADDING not in pair and samples[query] == samples[key] and TABLE[pair]
+    return mask
+
+
+rows = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=24)
+
+
+@given(rows)
+@settings(max_examples=60, deadline=None)
+def test_dense_mask_is_the_table(row):
+    segments, samples = zip(*row, strict=True)
+    mask = collaborative_mask(torch.tensor([segments]), torch.tensor([samples]))
+    assert torch.equal(mask[0, 0], by_hand(segments, samples))
+
+
+def test_each_row_is_one_sample_by_default():
+    segments = torch.tensor([[SOURCE, EOS, TARGET, PADDING], [PADDING, SOURCE, SOURCE, EOS]])
+    mask = collaborative_mask(segments)
+    for row in range(2):
+        assert torch.equal(mask[row, 0], by_hand(segments[row].tolist(), [0] * 4))
+
+
+@pytest.mark.parametrize("tokens", [5, 128, 200])
+def test_block_mask_is_the_dense_mask(tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    segments = torch.randint(0, 4, (2, tokens), generator=generator)
+    samples = torch.randint(0, 3, (2, tokens), generator=generator)
+    block = collaborative_block_mask(segments, samples)
+    dense = collaborative_mask(segments, samples)
+    row, query, key = torch.meshgrid(*(torch.arange(n) for n in (2, tokens, tokens)), indexing="ij")
+    assert torch.equal(block.mask_mod(row, torch.tensor(0), query, key), dense[:, 0])
+    # Blocks left out of the computation must hold nothing that is visible.
+    size = block.BLOCK_SIZE[0]
+    blocks = block.to_dense()[:, 0].bool().repeat_interleave(size, 1).repeat_interleave(size, 2)
+    assert not (dense[:, 0] & ~blocks[:, :tokens, :tokens]).any()
+
+
+def test_additive_and_boolean_masks_agree_and_padding_rows_are_defined():
+    segments = torch.tensor([[SOURCE, EOS, TARGET, PADDING]])
+    boolean = attention_mask_for("sdpa", segments, None, torch.float32)
+    additive = attention_mask_for("eager", segments, None, torch.float32)
+    assert torch.equal(boolean, additive == 0)
+    assert boolean.any(-1).all(), "a softmax over nothing is NaN"
+    assert not boolean[0, 0, :3, 3].any(), "padding is seen by nobody else"
+
+
+def test_flash_attention_is_refused():
+    with pytest.raises(ValueError, match="flash_attention_2.*sdpa"):
+        attention_mask_for("flash_attention_2", torch.tensor([[SOURCE, EOS]]), None, torch.float32)
+
+
+def test_flex_name_is_safe_for_classes_that_do_not_declare_flex():
+    assert "flex_attention" not in FLEX_ATTENTION
