@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each segment can know, the losses against plain references, and the heads' way to disk and back."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from modeling_cocoa.attention import EOS, PADDING, SOURCE, TARGET
+from modeling_cocoa.losses import masked_token_loss, normalize_patches
+from modeling_cocoa.reconstruction import CocoaForReconstruction, attach_mask_token, read_lm_head
+from tests.conftest import (
+    CLASSES,
+    EOS_ID,
+    IMAGE_ID,
+    MASK_ID,
+    PAD_ID,
+    VISION_END_ID,
+    VISION_START_ID,
+    sharpen,
+    tiny_config,
+)
+
+PATCH_VALUES = 3 * 2 * 8 * 8
+GRID = (1, 4, 4)
+IMAGE = [VISION_START_ID, *[IMAGE_ID] * 4, VISION_END_ID]
+PARTS = {
+    "image_to_text": (IMAGE, [11, MASK_ID, MASK_ID, 14]),
+    "text_to_image": ([21, 22, MASK_ID], IMAGE),
+    "text_to_text": ([21, 22, MASK_ID], [MASK_ID, MASK_ID, 22]),
+    "image_to_image": (IMAGE, IMAGE),
+    "both_to_both": ([*IMAGE, 21, MASK_ID], [*IMAGE, MASK_ID, 22]),
+}
+LABEL = 30
+
+
+def bridge_batch(direction, *, source_shift=0, target_shift=0, seed=0):
+    """Two rows of a direction, the second with one more source token; shifts change the content of a segment."""
+    generator = torch.Generator().manual_seed(seed)
+    source, target = PARTS[direction]
+
+    def change(ids, shift):
+        return [token + shift if token < 100 else token for token in ids]
+
+    first = change(source, source_shift)
+    second = [*change([25], source_shift), *first]
+    rows = [(ids, change(target, target_shift)) for ids in (first, second)]
+    width = max(len(a) + 1 + len(b) for a, b in rows)
+    ids = torch.full((2, width), PAD_ID)
+    segments = torch.zeros_like(ids)
+    grids, image_is_target = [], []
+    for row, (a, b) in enumerate(rows):
+        ids[row, : len(a) + 1 + len(b)] = torch.tensor([*a, EOS_ID, *b])
+        segments[row, : len(a)] = SOURCE
+        segments[row, len(a)] = EOS
+        segments[row, len(a) + 1 : len(a) + 1 + len(b)] = TARGET
+        for part, is_target in ((a, False), (b, True)):
+            if IMAGE_ID in part:
+                grids.append(GRID)
+                image_is_target.append(is_target)
+    labels = torch.where(ids == MASK_ID, LABEL, -100)
+    batch = {"input_ids": ids, "attention_mask": (segments != PADDING).long(), "segment_ids": segments, "labels": labels}
+    if grids:
+        is_target = torch.tensor(image_is_target)
+        pixels = torch.randn(16 * len(grids), PATCH_VALUES, generator=generator)
+        patches_of_target = is_target.repeat_interleave(16)
+        pixels[patches_of_target] += target_shift
+        pixels[~patches_of_target] += source_shift
+        batch |= {
+            "pixel_values": pixels,
+            "pixel_labels": pixels.clone(),
+            "image_grid_thw": torch.tensor(grids),
+            "image_is_target": is_target,
+            "unit_mask": is_target.repeat_interleave(4),
+        }
+    return batch
+
+
+def reconstruction(model_type, bridge="layerwise"):
+    torch.manual_seed(0)
+    backbone = sharpen(CLASSES[model_type][1](tiny_config(model_type)))
+    return CocoaForReconstruction(backbone, bridge=bridge).eval()
+
+
+def hidden_states(model, batch):
+    """Final hidden states, as the heads get them."""
+    seen = {}
+
+    def keep(module, args, output):
+        seen.setdefault("states", []).append(output.last_hidden_state)
+
+    handle = model.model.language_model.register_forward_hook(keep)
+    with torch.no_grad():
+        output = model(**batch)
+    handle.remove()
+    return seen["states"], output
+
+
+@pytest.mark.parametrize("bridge", ["layerwise", "embedding"])
+@pytest.mark.parametrize("direction", PARTS)
+def test_source_and_eos_do_not_see_the_target(model_type, bridge, direction):
+    model = reconstruction(model_type, bridge)
+    before, first = hidden_states(model, batch := bridge_batch(direction))
+    after, second = hidden_states(model, bridge_batch(direction, target_shift=3))
+    own = (batch["segment_ids"] == SOURCE) | (batch["segment_ids"] == EOS)
+    torch.testing.assert_close(before[0][own], after[0][own], atol=1e-5, rtol=0)
+    torch.testing.assert_close(first.embeddings, second.embeddings, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bridge", ["layerwise", "embedding"])
+@pytest.mark.parametrize("direction", PARTS)
+def test_source_and_eos_are_what_inference_embeds(model_type, bridge, direction):
+    """A training row's embedding is that of its source alone, given to the embedding model."""
+    model = reconstruction(model_type, bridge)
+    batch = bridge_batch(direction)
+    with torch.no_grad():
+        embeddings = model(**batch).embeddings
+        own = (batch["segment_ids"] == SOURCE) | (batch["segment_ids"] == EOS)
+        inputs = {"input_ids": batch["input_ids"].masked_fill(~own, PAD_ID), "attention_mask": own.long()}
+        if IMAGE_ID in PARTS[direction][0]:
+            seen = ~batch["image_is_target"]
+            inputs["pixel_values"] = batch["pixel_values"][seen.repeat_interleave(16)]
+            inputs["image_grid_thw"] = batch["image_grid_thw"][seen]
+        expected = model.model(**inputs).pooler_output
+    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("direction", PARTS)
+def test_layerwise_target_sees_its_source_through_the_eos_alone(model_type, direction):
+    """With the EOS's keys and values of every layer held, another source changes nothing of the target."""
+    model = reconstruction(model_type)
+    batch, other = bridge_batch(direction), bridge_batch(direction, source_shift=5)
+    eos = batch["segment_ids"] == EOS
+    target = batch["segment_ids"] == TARGET
+
+    def run(batch, held=None):
+        handles, inputs = [], []
+        for index, layer in enumerate(model.model.language_model.layers):
+
+            def hold(module, args, kwargs, index=index):
+                states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                inputs.append(states.detach().clone())
+                if held is not None:
+                    states = torch.where(eos[..., None], held[index], states)
+                if "hidden_states" in kwargs:
+                    return args, {**kwargs, "hidden_states": states}
+                return (states, *args[1:]), kwargs
+
+            handles.append(layer.register_forward_pre_hook(hold, with_kwargs=True))
+        with torch.no_grad():
+            output = model.model.language_model  # noqa: F841
+            states, result = hidden_states(model, batch)
+        for handle in handles:
+            handle.remove()
+        return states[0], result, inputs
+
+    states, result, inputs = run(batch)
+    free_states, free, _ = run(other)
+    held_states, held, _ = run(other, inputs)
+    assert (free_states[target] - states[target]).abs().max() > 1e-3, "the source reaches the target through the EOS"
+    torch.testing.assert_close(held_states[target], states[target], atol=1e-5, rtol=0)
+    if result.pixels is not None:
+        assert (free.pixels - result.pixels).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("direction", PARTS)
+def test_embedding_bridge_carries_the_embedding_and_nothing_else(model_type, direction):
+    """The second pass sees of the source its embedding only: held, another source changes nothing of the target."""
+    model = reconstruction(model_type, "embedding")
+    batch, other = bridge_batch(direction), bridge_batch(direction, source_shift=5)
+    target = batch["segment_ids"] == TARGET
+
+    def run(batch, held=None):
+        tokens = []
+
+        def hold(module, args, output):
+            tokens.append(output)
+            return held
+
+        handle = model.bridge_projection.register_forward_hook(hold)
+        states, result = hidden_states(model, batch)
+        handle.remove()
+        return states[1][target], result, tokens[0]
+
+    states, result, token = run(batch)
+    free, _, _ = run(other)
+    held, held_result, _ = run(other, token)
+    assert (free - states).abs().max() > 1e-3
+    torch.testing.assert_close(held, states, atol=1e-5, rtol=0)
+    if result.pixels is not None:
+        torch.testing.assert_close(held_result.pixels, result.pixels, atol=1e-5, rtol=0)
+
+
+def test_losses_are_the_plain_ones(model_type):
+    """Against full logits and a loop over units."""
+    model = reconstruction(model_type)
+    batch = bridge_batch("both_to_both")
+    states, output = hidden_states(model, batch)
+    logits = states[0] @ model.model.get_input_embeddings().weight.T
+    expected = {"text_source": [], "text_target": []}
+    for row, column in (batch["labels"] != -100).nonzero().tolist():
+        loss = F.cross_entropy(logits[row, column - 1], torch.tensor(LABEL))
+        expected["text_source" if batch["segment_ids"][row, column] == SOURCE else "text_target"].append(loss)
+    for name, values in expected.items():
+        torch.testing.assert_close(output.losses[name], torch.stack(values).mean())
+    patches = batch["pixel_labels"].view(-1, 4, PATCH_VALUES)[batch["unit_mask"]]
+    target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+    torch.testing.assert_close(output.losses["image"], ((output.pixels - target) ** 2).mean())
+    total = output.losses["text_source"] + output.losses["text_target"] + 0.1 * output.losses["image"]
+    torch.testing.assert_close(output.loss, total)
+
+
+def test_the_first_target_token_is_predicted_from_the_eos(model_type):
+    model = reconstruction(model_type)
+    batch = bridge_batch("text_to_text")
+    batch["labels"][:] = -100
+    eos = (batch["segment_ids"] == EOS).nonzero()
+    for row, column in eos.tolist():
+        assert batch["input_ids"][row, column + 1] == MASK_ID
+        batch["labels"][row, column + 1] = LABEL
+    states, output = hidden_states(model, batch)
+    logits = states[0][batch["segment_ids"] == EOS] @ model.model.get_input_embeddings().weight.T
+    torch.testing.assert_close(output.token_losses, F.cross_entropy(logits, torch.full((2,), LABEL), reduction="none"))
+
+
+def test_target_images_never_pass_the_vision_tower(model_type):
+    """What a target image shows must not reach the model except as the answer."""
+    model = reconstruction(model_type)
+    batch = bridge_batch("image_to_image")
+    _, first = hidden_states(model, batch)
+    batch["pixel_values"][batch["image_is_target"].repeat_interleave(16)] = 100.0
+    _, second = hidden_states(model, batch)
+    assert torch.equal(first.pixels, second.pixels)
+    batch["pixel_values"][:16] += 1.0
+    _, third = hidden_states(model, batch)
+    assert not torch.allclose(first.pixels[:4], third.pixels[:4], atol=1e-5)
+
+
+@pytest.mark.parametrize("bridge", ["layerwise", "embedding"])
+def test_every_parameter_of_the_bridge_learns(model_type, bridge):
+    model = reconstruction(model_type, bridge).train()
+    model(**bridge_batch("both_to_both")).loss.backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not without
+
+
+def test_chunked_loss_is_the_plain_one_with_its_gradients():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(37, 16, generator=generator, requires_grad=True)
+    weight = torch.randn(50, 16, generator=generator, requires_grad=True)
+    labels = torch.randint(0, 50, (37,), generator=generator)
+    losses, correct = masked_token_loss(hidden, weight, labels, chunk_size=8)
+    logits = hidden @ weight.T
+    expected = F.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(losses, expected)
+    assert torch.equal(correct, logits.argmax(-1) == labels)
+    for ours, plain in zip(
+        torch.autograd.grad(losses.mean(), (hidden, weight)),
+        torch.autograd.grad(expected.mean(), (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_a_patch_of_one_colour_is_zeros():
+    assert torch.equal(normalize_patches(torch.full((2, 5), 3.0)), torch.zeros(2, 5))
+
+
+def test_nothing_masked_is_an_error(model_type):
+    batch = bridge_batch("text_to_text")
+    batch["labels"][:] = -100
+    with pytest.raises(ValueError, match="Nothing is masked"):
+        reconstruction(model_type)(**batch)
+
+
+def test_an_unknown_bridge_is_an_error(backbone):
+    with pytest.raises(ValueError, match="layerwise.*embedding.*'eos'"):
+        CocoaForReconstruction(backbone, bridge="eos")
+
+
+def test_heads_come_back(tmp_path, model_type):
+    model = reconstruction(model_type, "embedding")
+    model.model.save_pretrained(tmp_path)
+    model.save_heads(tmp_path)
+    again = CocoaForReconstruction.from_pretrained(tmp_path, bridge="embedding")
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    # Another bridge starts its projection anew, or has none.
+    assert CocoaForReconstruction.from_pretrained(tmp_path).bridge_projection is None
+
+
+def test_an_untied_head_is_read_from_the_generative_checkpoint(tmp_path, model_type):
+    config = tiny_config(model_type)
+    config.tie_word_embeddings = False
+    generative = CLASSES[model_type][3](config)
+    generative.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert torch.equal(read_lm_head(tmp_path), generative.lm_head.weight)
+    model = CocoaForReconstruction.from_pretrained(tmp_path)
+    assert torch.equal(model.lm_head.weight, generative.lm_head.weight)
+    model.model.save_pretrained(tmp_path / "embedding")
+    with pytest.raises(ValueError, match="no text head"):
+        CocoaForReconstruction.from_pretrained(tmp_path / "embedding")
+
+
+def test_the_mask_token_starts_as_the_mean_and_is_kept(model_type, backbone):
+    weight = backbone.get_input_embeddings().weight
+    mean = weight.detach().mean(0)
+    attach_mask_token(backbone, MASK_ID)
+    torch.testing.assert_close(weight[MASK_ID], mean)
+    assert backbone.config.cocoa["mask_token_id"] == MASK_ID
+    trained = weight.detach().clone()
+    attach_mask_token(backbone, MASK_ID)
+    assert torch.equal(weight, trained), "a trained mask token is not initialised again"
+    with pytest.raises(ValueError, match=f"mask token {MASK_ID}.*{MASK_ID + 1}"):
+        attach_mask_token(backbone, MASK_ID + 1)
+
+
+def test_a_mask_token_without_a_row_is_an_error(backbone):
+    with pytest.raises(ValueError, match="resize_token_embeddings"):
+        attach_mask_token(backbone, 5000)
