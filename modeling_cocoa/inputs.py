@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may pass as one input, checked and brought into one form: a conversation and its loaded media."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers.video_utils import VideoMetadata, load_video
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
+VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".wmv", ".flv", ".mkv")
+ROLES = ("system", "user", "assistant", "query", "document")
+ITEM_KEYS = ("text", "image", "images", "video")
+MEDIA_SOURCES = ("path", "url")
+
+MIN_IMAGE_SIDE = 4
+"""Pixels. Less shows nothing, and an array's three channels could be taken for its side."""
+MAX_IMAGE_PIXELS = 89_478_485
+"""Pixels of one image before resizing, checked before it is decoded; the limit from which PIL warns of a bomb."""
+MAX_ASPECT_RATIO = 200
+"""Qwen2-VL's own limit."""
+VIDEO_FPS = 2.0
+"""Frames a second taken of a video file where the video processor names no other rate; Qwen2-VL's own choice."""
+
+
+class CocoaInputError(ValueError):
+    """
+    An input that cannot be encoded.
+
+    Args:
+        message (`str`): What is wrong, and the mend.
+        position (`int`, *optional*): Index of the item in the list that was passed; named in front of the message.
+
+    Attributes:
+        reason (`str`): The message without the position.
+        position (`int` or `None`)
+    """
+
+    def __init__(self, message: str, position: int | None = None) -> None:
+        super().__init__(message if position is None else f"Item {position}: {message}")
+        self.reason = message
+        self.position = position
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, self.position)
+
+
+@dataclass
+class Conversation:
+    """
+    One input in the form that is rendered.
+
+    Args:
+        messages (`list[dict]`): `{"role", "content"}` with a list of `{"type": "text", "text"}`, `{"type": "image"}`
+            and `{"type": "video"}` as content.
+        images (`list[PIL.Image.Image]`): In the order of the messages.
+        videos (`list[np.ndarray]`): Each of shape `(frames, height, width, 3)`, uint8.
+        video_metadata (`list[VideoMetadata]`): One a video.
+    """
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+    videos: list[np.ndarray] = field(default_factory=list)
+    video_metadata: list[VideoMetadata] = field(default_factory=list)
+
+
+def read_input(item: Any, video_processor: Any) -> Conversation:
+    """
+    Check one input and load its media.
+
+    Args:
+        item: A text, an image (PIL, path or array), a dict with any of `text`, `image`, `images` and `video`, one
+            message or a list of messages. Keys that are None count as absent.
+        video_processor: Stock video processor, whose frame sampling is used on video files.
+
+    Raises:
+        CocoaInputError: the item cannot be encoded; without a position.
+    """
+    reader = _Reader(video_processor)
+    if isinstance(item, Mapping) and ("role" in item or "content" in item):
+        item = [item]
+    if isinstance(item, (list, tuple)):
+        reader.read_messages(item)
+    else:
+        reader.add_message("user", reader.content_of(item))
+    return reader.conversation
+
+
+class _Reader:
+    """Builds one [`Conversation`]; media are loaded in the order in which the template places them."""
+
+    def __init__(self, video_processor: Any) -> None:
+        self.video_processor = video_processor
+        self.conversation = Conversation()
+
+    def read_messages(self, messages: Sequence[Any]) -> None:
+        if not messages:
+            raise CocoaInputError("it is an empty list; a conversation needs at least one message.")
+        for message in messages:
+            if not isinstance(message, Mapping) or not ("role" in message or "content" in message):
+                raise CocoaInputError(
+                    f"a list is read as a conversation, but holds a {type(message).__name__}; give a list of "
+                    '{"role", "content"} messages, or a dict with text, image, images or video.'
+                )
+            message = _without_none(message)
+            _check_keys(message, ("role", "content"), "a message")
+            role = message.get("role")
+            if role not in ROLES:
+                raise CocoaInputError(f"unknown role {role!r} in a conversation; use one of {list(ROLES)}.")
+            content = message.get("content")
+            if isinstance(content, str):
+                parts = [_text_part(content)]
+            elif isinstance(content, (list, tuple)):
+                parts = [part for part in map(self.read_part, content) if part is not None]
+            else:
+                raise CocoaInputError(
+                    f"content of the {role} message is {type(content).__name__}; give a str or a list of parts."
+                )
+            if not parts:
+                raise CocoaInputError(f"the {role} message has no content.")
+            self.add_message(role, parts)
+
+    def read_part(self, part: Any) -> dict[str, Any] | None:
+        """One content part of a message; `None` where its value is None, as Arrow tables have it."""
+        if not isinstance(part, Mapping):
+            raise CocoaInputError(
+                f"a content part is a {type(part).__name__}; give a dict such as "
+                '{"type": "text", "text": ...} or {"type": "image", "image": ...}.'
+            )
+        kind, part = part.get("type"), _without_none(part)
+        if kind not in ("text", "image", "video"):
+            raise CocoaInputError(f"unknown type {kind!r} of a content part; use text, image or video.")
+        sources = (kind,) if kind == "text" else (kind, *MEDIA_SOURCES)
+        _check_keys(part, ("type", *sources), f"a {kind} part")
+        values = [part[source] for source in sources if source in part]
+        if len(values) > 1:
+            raise CocoaInputError(f"{_one(kind)} part names its {kind} {len(values)} times; keep one of {sources}.")
+        return self.read_value(kind, values[0]) if values else None
+
+    def content_of(self, item: Any) -> list[dict[str, Any]]:
+        """Content parts of an item that is no conversation."""
+        if item is None:
+            raise CocoaInputError("it is None; drop it, or give a text, an image or a dict.")
+        if isinstance(item, Mapping):
+            values = _without_none(item)
+            _check_keys(values, ITEM_KEYS, "it")
+            if not values:
+                raise CocoaInputError(f"the dict holds nothing; give at least one of {list(ITEM_KEYS)}.")
+            content = []
+            for key, value in values.items():
+                if key in ("image", "images") and isinstance(value, (list, tuple)):
+                    if not value:
+                        raise CocoaInputError(f"{key} is an empty list; give at least one image, or None.")
+                    content += [self.read_value("image", image) for image in value]
+                else:
+                    content.append(self.read_value("image" if key == "images" else key, value))
+            return content
+        return [self.read_value(_kind(item), item)]
+
+    def read_value(self, kind: str, value: Any) -> dict[str, Any]:
+        if kind == "text":
+            return _text_part(value)
+        if kind == "image":
+            self.conversation.images.append(load_image(value))
+        else:
+            frames, metadata = read_video(value, self.video_processor)
+            self.conversation.videos.append(frames)
+            self.conversation.video_metadata.append(metadata)
+        return {"type": kind}
+
+    def add_message(self, role: str, content: list[dict[str, Any]]) -> None:
+        self.conversation.messages.append({"role": role, "content": content})
+
+
+def load_image(value: Any) -> Image.Image:
+    """
+    Load and check one image.
+
+    Files are turned upright by their EXIF orientation and converted to RGB, as the stock loader does. A PIL image is
+    returned as it is.
+
+    Args:
+        value: PIL image, path, `data:image/...` string, uint8 array or tensor of shape (height, width),
+            (height, width, channels) or (channels, height, width), or a dict with `bytes` or `path`.
+
+    Raises:
+        CocoaInputError: it is missing, corrupt, too small, too large, or of another type.
+    """
+    name = "the image"
+    if isinstance(value, Mapping):
+        content, path = value.get("bytes"), value.get("path")
+        _check_keys(value, ("bytes", "path"), "an image given as a dict")
+        if content is None and path is None:
+            raise CocoaInputError('an image given as a dict needs "bytes" or "path".')
+        value = io.BytesIO(content) if content is not None else path
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        value = Image.fromarray(_pixels(value))
+    is_file = not isinstance(value, Image.Image)
+    if isinstance(value, (str, os.PathLike)):
+        value, name = _open_source(os.fspath(value), "image")
+    if isinstance(value, (str, io.BytesIO)):
+        try:
+            value = Image.open(value)
+        except Exception as error:  # decoders raise what they like
+            raise CocoaInputError(f"{name} cannot be read as an image ({_reason(error)}); mend or drop it.") from error
+    if not isinstance(value, Image.Image):
+        raise CocoaInputError(
+            f"an image cannot be a {type(value).__name__}; give a PIL image, a path, a uint8 array, or a dict with "
+            "bytes or path."
+        )
+    _check_size(value, name)
+    try:
+        value.load()
+        upright = ImageOps.exif_transpose(value) if is_file else value
+    except Exception as error:  # decoders raise what they like
+        raise CocoaInputError(f"{name} is corrupt ({_reason(error)}); mend or drop it.") from error
+    upright = _eight_bits(upright, name)
+    return upright.convert("RGB") if is_file else upright
+
+
+def read_video(value: Any, video_processor: Any) -> tuple[np.ndarray, VideoMetadata]:
+    """
+    Load and check one video.
+
+    Args:
+        value: Path of a file, list of frames (each whatever [`load_image`] takes), or uint8 array or tensor of shape
+            (frames, height, width, channels) or (frames, channels, height, width). Given frames are all kept; a file
+            is sampled at the rate that the video processor names, or else [`VIDEO_FPS`].
+        video_processor: Stock video processor.
+
+    Returns:
+        Frames of shape `(frames, height, width, 3)`, uint8, and what is known of their timing.
+
+    Raises:
+        CocoaInputError: it is missing, corrupt, empty, or of another type; frames differ in size; no decoder is
+            installed.
+    """
+    metadata = None
+    if isinstance(value, (str, os.PathLike)):
+        source, name = _open_source(os.fspath(value), "video")
+        if not isinstance(source, str):
+            raise CocoaInputError("a video cannot be given as a data string; give a path.")
+        fps = getattr(video_processor, "fps", None) or VIDEO_FPS
+        try:
+            frames, metadata = load_video(source, sample_indices_fn=partial(_sample, video_processor, fps))
+        except ImportError as error:
+            raise CocoaInputError(
+                f"{name} needs a video decoder, and PyAV is not installed; run pip install av, or give frames."
+            ) from error
+        except Exception as error:  # decoders raise what they like
+            raise CocoaInputError(f"{name} cannot be read as a video ({_reason(error)}); mend or drop it.") from error
+        _check_size(Image.fromarray(frames[0]), name)
+    elif isinstance(value, (list, tuple)) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 4):
+        images = [np.asarray(load_image(frame).convert("RGB")) for frame in value]
+        if not images:
+            raise CocoaInputError("the video has no frames.")
+        if len({image.shape for image in images}) > 1:
+            sizes = sorted({f"{image.shape[1]}x{image.shape[0]}" for image in images})
+            raise CocoaInputError(f"frames of a video differ in size ({', '.join(sizes)}); resize them to one size.")
+        frames = np.stack(images)
+    else:
+        raise CocoaInputError(
+            f"a video cannot be a {type(value).__name__}; give a path, a list of frames, or a uint8 array of 4 "
+            "dimensions."
+        )
+    if metadata is None:
+        metadata = VideoMetadata(total_num_frames=len(frames), frames_indices=list(range(len(frames))))
+    return frames, metadata
+
+
+def _sample(video_processor: Any, fps: float, metadata: VideoMetadata, **kwargs: Any) -> np.ndarray:
+    total = metadata.total_num_frames
+    if not total:
+        raise ValueError("the file does not say how many frames it has; convert it to mp4, or give its frames")
+    if total < video_processor.temporal_patch_size:  # of which the stock sampling would take none
+        return np.arange(total)
+    return np.asarray(video_processor.sample_frames(metadata=metadata, fps=fps))
+
+
+def _kind(item: Any) -> str:
+    """Whether a bare item is a text, an image or a video; the rule of sentence-transformers."""
+    if isinstance(item, str):
+        is_link = re.fullmatch(r"https?://\S+", item) is not None
+        ending = re.split(r"[?#]", item)[0].lower() if is_link else item.lower()
+        for kind, extensions in (("image", IMAGE_EXTENSIONS), ("video", VIDEO_EXTENSIONS)):
+            if ending.endswith(extensions) and (is_link or os.path.isfile(item)):
+                return kind
+        return "image" if item.startswith("data:image/") else "text"
+    if isinstance(item, os.PathLike):
+        return "video" if os.fspath(item).lower().endswith(VIDEO_EXTENSIONS) else "image"
+    if isinstance(item, Image.Image):
+        return "image"
+    if isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim in (2, 3, 4):
+        return "video" if item.ndim == 4 else "image"
+    if isinstance(item, (np.ndarray, torch.Tensor)):
+        raise CocoaInputError(
+            f"an array of shape {tuple(item.shape)} is neither an image (2 or 3 dimensions) nor a video (4)."
+        )
+    raise CocoaInputError(
+        f"it is a {type(item).__name__}; give a text, an image (PIL, path or array), a dict, or a conversation."
+    )
+
+
+def _open_source(source: str, kind: str) -> tuple[str | io.BytesIO, str]:
+    """The file's path, or the bytes of a data string, and how to call it in an error."""
+    if re.match(r"https?://", source):
+        raise CocoaInputError(
+            f"{source} is a link, and nothing is downloaded here; download the {kind} and give its path, or pass "
+            '{"text": link} to embed the link as text.'
+        )
+    if source.startswith("data:"):
+        try:
+            return io.BytesIO(base64.b64decode(source.split(",", 1)[1], validate=True)), f"the {kind} in a data string"
+        except (IndexError, ValueError) as error:
+            raise CocoaInputError(f"the data string is not base64 ({_reason(error)}).") from error
+    if not os.path.isfile(source):
+        raise CocoaInputError(f"there is no {kind} file {source}; check the path.")
+    return source, source
+
+
+def _pixels(array: np.ndarray | torch.Tensor) -> np.ndarray:
+    """A uint8 array with its channels last, or without channels."""
+    pixels = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
+    if pixels.dtype != np.uint8:
+        raise CocoaInputError(f"an image given as an array has dtype {pixels.dtype}; convert it to uint8 (0 to 255).")
+    if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[0] in (1, 3, 4):
+        pixels = np.moveaxis(pixels, 0, -1)
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4)):
+        raise CocoaInputError(
+            f"an image given as an array has shape {tuple(array.shape)}; give (height, width, channels) or "
+            "(channels, height, width) with 1, 3 or 4 channels."
+        )
+    return np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """16-bit grey scaled down, where converting to RGB would clip nearly all of it to white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise CocoaInputError(f"{name} has 32 bits a pixel, without a known range; convert it to 8 bits.")
+    return image
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    if min(width, height) < MIN_IMAGE_SIDE:
+        raise CocoaInputError(
+            f"{name} is {width}x{height} pixels; each side must have at least {MIN_IMAGE_SIDE}. Drop it."
+        )
+    if width * height > MAX_IMAGE_PIXELS:
+        raise CocoaInputError(
+            f"{name} is {width}x{height} pixels, more than the limit of {MAX_IMAGE_PIXELS}; resize it beforehand."
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise CocoaInputError(
+            f"{name} is {width}x{height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other. Crop it."
+        )
+
+
+def _text_part(text: Any) -> dict[str, Any]:
+    if not isinstance(text, str):
+        raise CocoaInputError(f"a text cannot be a {type(text).__name__}; give a str.")
+    if not text.strip():
+        raise CocoaInputError("the text is empty; drop it, or leave the key out.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CocoaInputError(f"the text is not valid Unicode ({_reason(error)}); mend or drop it.") from error
+    return {"type": "text", "text": str(text)}
+
+
+def _check_keys(values: Mapping[str, Any], known: Sequence[str], name: str) -> None:
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise CocoaInputError(f"{name} has unknown keys {unknown}; known are {list(known)}.")
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _one(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

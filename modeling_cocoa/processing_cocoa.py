@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`CocoaProcessor`: inputs of any kind to tensors, the EOS last."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import AutoProcessor, BatchFeature, Qwen2_5_VLProcessor, Qwen2VLProcessor
+
+from .chat_template import build_chat_template
+from .inputs import CocoaInputError, Conversation, read_input
+
+EOS_TOKEN = "<|im_end|>"
+MASK_TOKEN = "<|mask|>"
+MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+
+__all__ = ["CocoaInputError", "CocoaProcessor"]
+
+
+class CocoaProcessor:
+    """
+    Turns texts, images, videos and conversations into the tensors of a CoCoA model.
+
+    Wraps a stock processor and prepares it: adds the token `<|mask|>`, sets the chat template, and lets the tokenizer
+    close each input with the EOS. All of it lives in the stock processor's own files, so whoever loads the saved
+    folder with `AutoProcessor` or sentence-transformers gets the same ids.
+
+    Args:
+        processor (`Qwen2VLProcessor` or `Qwen2_5_VLProcessor`): Changed in place.
+        min_pixels, max_pixels (`int`, *optional*): Pixels to which an image or a video frame is scaled up or down; by
+            default as saved.
+        max_length (`int`, *optional*): Tokens of an input with its EOS; by default as saved.
+        prompt (`str`, *optional*): Instruction put in front of every input as a system message. Not saved.
+
+    Raises:
+        ValueError: the processor is of another kind or lacks a special token of Qwen2-VL; a size is out of range.
+    """
+
+    def __init__(
+        self,
+        processor: Qwen2VLProcessor | Qwen2_5_VLProcessor,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_length: int | None = None,
+        prompt: str | None = None,
+    ) -> None:
+        if not isinstance(processor, (Qwen2VLProcessor, Qwen2_5_VLProcessor)):
+            raise ValueError(
+                f"CocoaProcessor wraps a Qwen2VLProcessor or Qwen2_5_VLProcessor; got {type(processor).__name__}. "
+                "Load it from a Qwen2-VL, Qwen2.5-VL or CoCoA checkpoint."
+            )
+        self.processor = processor
+        self.prompt = prompt
+        self._prepare_tokenizer()
+        self._set_pixels(min_pixels, max_pixels)
+        if getattr(self.video_processor, "cap_pixels_per_frame", False) is None:
+            # Said outright, because transformers is about to change what leaving it out means.
+            self.video_processor.cap_pixels_per_frame = False
+        if max_length is not None:
+            self.tokenizer.model_max_length = _positive("max_length", max_length)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_length: int | None = None,
+        prompt: str | None = None,
+        **hub_kwargs: Any,
+    ) -> CocoaProcessor:
+        """
+        Load from a CoCoA checkpoint, or from a generative Qwen2-VL / Qwen2.5-VL checkpoint.
+
+        Args:
+            name_or_path (`str` or `os.PathLike`): Folder, or name on the Hub.
+            min_pixels, max_pixels, max_length, prompt (*optional*): See the class.
+            hub_kwargs: `revision`, `token`, `cache_dir` and the like of
+                [`~transformers.AutoProcessor.from_pretrained`].
+
+        Raises:
+            ValueError: the checkpoint has another kind of processor.
+        """
+        processor = AutoProcessor.from_pretrained(name_or_path, **hub_kwargs)
+        return cls(processor, min_pixels=min_pixels, max_pixels=max_pixels, max_length=max_length, prompt=prompt)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write the stock processor's files; the prompt is not among them."""
+        # The backend keeps the padding and truncation of its last call and would save them.
+        self.tokenizer.backend_tokenizer.no_padding()
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.processor.save_pretrained(folder)
+
+    def _prepare_tokenizer(self) -> None:
+        tokenizer = self.processor.tokenizer
+        added = tokenizer.get_added_vocab()
+        needed = (EOS_TOKEN, "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+        missing = [token for token in needed if token not in added]
+        if missing:
+            raise ValueError(f"The tokenizer lacks the special tokens {missing} of Qwen2-VL; load one that has them.")
+        if MASK_TOKEN not in added:
+            tokenizer.add_tokens([AddedToken(MASK_TOKEN, special=True, normalized=False)], special_tokens=True)
+        tokenizer.eos_token = EOS_TOKEN
+        tokenizer.truncation_side = "right"
+        if tokenizer.pad_token_id is None:
+            raise ValueError("The tokenizer has no pad token; set tokenizer.pad_token (Qwen's is <|endoftext|>).")
+        eos_id = tokenizer.convert_tokens_to_ids(EOS_TOKEN)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"$A {EOS_TOKEN}", pair=f"$A $B {EOS_TOKEN}", special_tokens=[(EOS_TOKEN, eos_id)]
+        )
+        template = build_chat_template(tokenizer.get_added_vocab())
+        self.processor.chat_template = tokenizer.chat_template = template
+        self._vision_ids = torch.tensor(
+            tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
+        )
+
+    def _set_pixels(self, min_pixels: int | None, max_pixels: int | None) -> None:
+        for part in (self.image_processor, self.video_processor):
+            size = {"shortest_edge": part.size["shortest_edge"], "longest_edge": part.size["longest_edge"]}
+            if min_pixels is not None:
+                size["shortest_edge"] = _positive("min_pixels", min_pixels)
+            if max_pixels is not None:
+                size["longest_edge"] = _positive("max_pixels", max_pixels)
+            if min_pixels is None and max_pixels is None:
+                continue
+            if size["shortest_edge"] > size["longest_edge"]:
+                raise ValueError(
+                    f"min_pixels ({size['shortest_edge']}) is above max_pixels ({size['longest_edge']}) for the "
+                    f"{type(part).__name__}; give both."
+                )
+            part.size = type(part.size)(**size)
+            # Before transformers 5.4 the same numbers lie in two more attributes, which win when saved and loaded.
+            for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+                if getattr(part, name, None) is not None:
+                    setattr(part, name, size[edge])
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def image_processor(self) -> Any:
+        return self.processor.image_processor
+
+    @property
+    def video_processor(self) -> Any:
+        return self.processor.video_processor
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of an input, the EOS among them, beyond which text is cut."""
+        return self.tokenizer.model_max_length
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(EOS_TOKEN)
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(MASK_TOKEN)
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    @property
+    def image_token_id(self) -> int:
+        return self.processor.image_token_id
+
+    @property
+    def video_token_id(self) -> int:
+        return self.processor.video_token_id
+
+    def __call__(
+        self, inputs: Sequence[Any], *, prompt: str | None = None, max_length: int | None = None
+    ) -> BatchFeature:
+        """
+        Encode and pad a list of inputs; see [`~CocoaProcessor.encode`] and [`~CocoaProcessor.collate`].
+
+        Raises:
+            CocoaInputError: an input cannot be encoded; names its position.
+        """
+        return self.collate(self.encode(inputs, prompt=prompt, max_length=max_length))
+
+    def encode(
+        self, inputs: Sequence[Any], *, prompt: str | None = None, max_length: int | None = None
+    ) -> list[dict[str, Tensor]]:
+        """
+        Encode a list of inputs, without padding.
+
+        Args:
+            inputs (`Sequence`): Each a text, an image (PIL, path or uint8 array), a dict with any of `text`, `image`,
+                `images` and `video`, a message, or a conversation; any mixture. A str that is the path of an existing
+                image file is an image; `{"text": path}` is text.
+            prompt (`str`, *optional*): Instruction for these inputs instead of the processor's own; `""` for none.
+            max_length (`int`, *optional*): Tokens of an input, the EOS among them; by default the tokenizer's. The
+                last text tokens are dropped beyond it, never tokens of an image or a video.
+
+        Returns:
+            `list[dict]`: One an input, with `input_ids` and `mm_token_type_ids` (0 text, 1 image, 2 video) of shape
+            `(tokens,)`, and where it has images or videos `pixel_values` `(patches, values)`, `image_grid_thw`
+            `(images, 3)`, `pixel_values_videos`, `video_grid_thw`, and for Qwen2.5-VL `second_per_grid_ts` `(videos,)`.
+
+        Raises:
+            CocoaInputError: an input cannot be encoded, or its images alone exceed `max_length`; names its position.
+            TypeError: `inputs` is one input instead of a list of inputs.
+        """
+        if isinstance(inputs, (str, bytes, Mapping, os.PathLike)) or not isinstance(inputs, Sequence):
+            raise TypeError(f"inputs must be a list of inputs; got one {type(inputs).__name__}. Put it in a list.")
+        limit = self.max_length if max_length is None else _positive("max_length", max_length)
+        prompt = self.prompt if prompt is None else prompt
+        conversations = []
+        for position, item in enumerate(inputs):
+            try:
+                conversations.append(read_input(item, self.video_processor))
+            except CocoaInputError as error:
+                raise CocoaInputError(error.reason, position) from error
+        if not conversations:
+            return []
+        features = self._call_stock(conversations, prompt)
+        images = _split_media(features, "pixel_values", "image_grid_thw", [len(c.images) for c in conversations])
+        videos = _split_media(
+            features, "pixel_values_videos", "video_grid_thw", [len(c.videos) for c in conversations]
+        )
+        rows = []
+        for position, ids in enumerate(map(torch.tensor, features["input_ids"])):
+            if ids[-1] != self.eos_token_id:
+                raise CocoaInputError(f"its last token is not {EOS_TOKEN}: the tokenizer was changed.", position)
+            ids = self._truncate(ids, limit, position)
+            types = (ids == self.image_token_id).long() + 2 * (ids == self.video_token_id).long()
+            rows.append({"input_ids": ids, "mm_token_type_ids": types, **images[position], **videos[position]})
+        return rows
+
+    def collate(self, encoded: Sequence[Mapping[str, Tensor]]) -> BatchFeature:
+        """
+        Pad what [`~CocoaProcessor.encode`] gave to one batch, on the tokenizer's `padding_side`.
+
+        Returns:
+            `BatchFeature`: `input_ids`, `attention_mask` and `mm_token_type_ids` of shape `(batch, tokens)`, media
+            tensors of all rows one after another, and `num_images_per_sample` / `num_videos_per_sample` of shape
+            `(batch,)` where there are any.
+
+        Raises:
+            ValueError: `encoded` is empty.
+        """
+        if not encoded:
+            raise ValueError("There is nothing to collate; give at least one encoded input.")
+        lengths = torch.tensor([len(row["input_ids"]) for row in encoded])
+        columns = torch.arange(int(lengths.max()))
+        if self.tokenizer.padding_side == "left":
+            mask = columns >= (lengths.max() - lengths)[:, None]
+        else:
+            mask = columns < lengths[:, None]
+        batch = {"input_ids": torch.full(mask.shape, self.pad_token_id), "attention_mask": mask.long()}
+        batch["mm_token_type_ids"] = torch.zeros_like(batch["input_ids"])
+        for key in ("input_ids", "mm_token_type_ids"):
+            batch[key][mask] = torch.cat([row[key] for row in encoded])
+        for key in MEDIA_KEYS:
+            values = [row[key] for row in encoded if key in row]
+            if values:
+                batch[key] = torch.cat(values)
+        for key, grid in (("num_images_per_sample", "image_grid_thw"), ("num_videos_per_sample", "video_grid_thw")):
+            if grid in batch:
+                batch[key] = torch.tensor([len(row.get(grid, ())) for row in encoded])
+        return BatchFeature(batch)
+
+    def _call_stock(self, conversations: Sequence[Conversation], prompt: str | None) -> BatchFeature:
+        """Render and tokenize with the stock processor, with neither padding nor truncation."""
+        system = [{"role": "system", "content": [{"type": "text", "text": prompt}]}] if prompt else []
+        texts = self.processor.apply_chat_template([system + c.messages for c in conversations], tokenize=False)
+        media: dict[str, Any] = {}
+        if images := [image for c in conversations for image in c.images]:
+            media["images"] = images
+        if videos := [video for c in conversations for video in c.videos]:
+            metadata = [entry for c in conversations for entry in c.video_metadata]
+            media["videos"] = videos
+            media["videos_kwargs"] = {"do_sample_frames": False, "video_metadata": metadata}
+        return self.processor(
+            text=texts, text_kwargs={"padding": False, "truncation": False, "verbose": False}, **media
+        )
+
+    def _truncate(self, ids: Tensor, limit: int, position: int) -> Tensor:
+        """Drop the last text tokens, so that `limit` remain; those of media and the EOS stay."""
+        excess = len(ids) - limit
+        if excess <= 0:
+            return ids
+        droppable = (~torch.isin(ids[:-1], self._vision_ids)).nonzero()[:, 0]
+        if excess > len(droppable):
+            vision = len(ids) - 1 - len(droppable)
+            raise CocoaInputError(
+                f"its images and videos take {vision} tokens, which with the EOS exceed max_length={limit}; raise "
+                "max_length, or lower max_pixels.",
+                position,
+            )
+        keep = torch.ones_like(ids, dtype=torch.bool)
+        keep[droppable[-excess:]] = False
+        return ids[keep]
+
+
+def _split_media(features: BatchFeature, pixels: str, grid: str, counts: Sequence[int]) -> list[dict[str, Tensor]]:
+    """What each row has of the batch's images, or of its videos."""
+    if grid not in features:
+        return [{} for _ in counts]
+    grids = torch.as_tensor(features[grid]).split(list(counts))
+    values = torch.as_tensor(features[pixels]).split([int(row.prod(-1).sum()) for row in grids])
+    rows = [{pixels: v, grid: g} if len(g) else {} for v, g in zip(values, grids, strict=True)]
+    if grid == "video_grid_thw" and "second_per_grid_ts" in features:
+        seconds = torch.as_tensor(features["second_per_grid_ts"], dtype=torch.float32).split(list(counts))
+        for row, second in zip(rows, seconds, strict=True):
+            if row:
+                row["second_per_grid_ts"] = second
+    return rows
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of 1 or more; got {value!r}.")
+    return value

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CoCoA as a module of sentence-transformers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .auto import load_backbone
+from .modeling_cocoa import CocoaModelMixin
+from .processing_cocoa import CocoaProcessor
+
+MODEL_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+    "mm_token_type_ids",
+    "second_per_grid_ts",
+)
+"""What the model takes of the features."""
+
+
+class CocoaTransformer(InputModule):
+    """
+    The whole of a CoCoA model as one sentence-transformers module: inputs of any kind in, unit vectors out.
+
+    ```python
+    model = SentenceTransformer(modules=[CocoaTransformer("org/cocoa-qwen2vl")])
+    ```
+
+    Against the stock modules that a saved CoCoA folder loads with, it also takes a conversation beside other inputs in
+    one call, drops keys that are None, keeps the order of text and image fixed, and says which input is wrong.
+
+    Args:
+        model_name_or_path (`str`, `os.PathLike` or a CoCoA backbone): A CoCoA or a generative Qwen2-VL / Qwen2.5-VL
+            checkpoint, or a backbone in memory, which then needs its `processor`.
+        processor ([`CocoaProcessor`], *optional*): By default the checkpoint's.
+        min_pixels, max_pixels, max_length (`int`, *optional*): Sizes of the checkpoint's processor to change.
+        model_kwargs (`dict`, *optional*): For the backbone's `from_pretrained` (`dtype`, `attn_implementation`, ...).
+        processor_kwargs (`dict`, *optional*): For [`CocoaProcessor.from_pretrained`].
+
+    Raises:
+        ValueError: the checkpoint is of another kind of model; a backbone came without its processor.
+    """
+
+    save_in_root = True
+
+    def __init__(
+        self,
+        model_name_or_path: str | os.PathLike | CocoaModelMixin,
+        processor: CocoaProcessor | None = None,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_length: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(model_name_or_path, PreTrainedModel):
+            if processor is None:
+                raise ValueError("Give `processor` (a CocoaProcessor) together with a backbone in memory.")
+            self.model = model_name_or_path
+        else:
+            self.model = load_backbone(model_name_or_path, **(model_kwargs or {}))
+        if processor is None:
+            sizes = {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_length": max_length}
+            processor = CocoaProcessor.from_pretrained(model_name_or_path, **sizes, **(processor_kwargs or {}))
+        self.processor = processor
+
+    @property
+    def modalities(self) -> list[Any]:
+        """What sentence-transformers may pass on; with `message`, any mixture."""
+        return ["text", "image", "video", "message"]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def auto_model(self) -> PreTrainedModel:
+        """The backbone, by the name that sentence-transformers gives it."""
+        return self.model
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of an input, the EOS among them, beyond which text is cut."""
+        return self.processor.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.tokenizer.model_max_length = value
+
+    def get_embedding_dimension(self) -> int:
+        """Length of a vector."""
+        return self.model.config.get_text_config().hidden_size
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """
+        Args:
+            inputs (`Sequence`): As in [`CocoaProcessor.encode`].
+            prompt (`str`, *optional*): Instruction, put in front of each input as a system message.
+            kwargs: `max_length` (`int`, *optional*) for these inputs; the rest of what sentence-transformers passes
+                (`task`) has no bearing here.
+
+        Returns:
+            `dict`: The model's tensors, padded.
+
+        Raises:
+            CocoaInputError: an input cannot be encoded; names its position.
+        """
+        if not inputs:
+            return {}
+        return dict(self.processor(inputs, prompt=prompt, max_length=kwargs.get("max_length")))
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """
+        Add `sentence_embedding` `(batch, hidden)`, unit vectors, and `token_embeddings` `(batch, tokens, hidden)` to
+        the features.
+        """
+        inputs: dict[str, Tensor] = {name: features[name] for name in MODEL_INPUTS if name in features}
+        outputs = self.model(**inputs)
+        features["token_embeddings"] = outputs.last_hidden_state
+        features["sentence_embedding"] = outputs.pooler_output
+        return features
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Write weights, configuration, code and processor; `save_cocoa` writes the folder around them."""
+        self.model.save_pretrained(output_path)
+        self.processor.save_pretrained(output_path)
+
+    @classmethod
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> CocoaTransformer:
+        """Load the module from a folder or the Hub, as sentence-transformers does."""
+        hub = {
+            "subfolder": subfolder,
+            "token": token,
+            "cache_dir": cache_folder,
+            "revision": revision,
+            "local_files_only": local_files_only,
+        }
+        return cls(
+            model_name_or_path,
+            model_kwargs={**hub, **(model_kwargs or {})},
+            processor_kwargs={**hub, **(processor_kwargs or {})},
+        )
+
+    def __repr__(self) -> str:
+        return f"CocoaTransformer({type(self.model).__name__}, max_seq_length={self.max_seq_length})"

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real rows, a processor trained on them, and a model that fits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from modeling_cocoa.processing_cocoa import CocoaProcessor
+from trainers.from_scratch import build_model
+from trainers.tiny_processor import build_tiny_processor
+
+EMOJI = Path(__file__).parents[2] / "data" / "emoji.parquet"
+TEXT_CONFIG = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+VISION_CONFIG = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2}
+
+
+@pytest.fixture(scope="session")
+def emoji() -> Dataset:
+    """The first 64 training rows: `image` (Noto), `twemoji` and `text`."""
+    rows = Dataset.from_parquet(str(EMOJI))
+    keep = [index for index, split in enumerate(rows["split"]) if split == "train"][:64]
+    rows = rows.select(keep)
+    texts = [f"{name}: {', '.join(words)}" for name, words in zip(rows["name"], rows["keywords"], strict=True)]
+    return rows.select_columns(["noto", "twemoji"]).rename_column("noto", "image").add_column("text", texts)
+
+
+@pytest.fixture(scope="session")
+def processor(emoji) -> CocoaProcessor:
+    """Of 16-pixel patches: a 64-pixel image is four tokens."""
+    return build_tiny_processor(emoji["text"], vocab_size=600, patch_size=16, max_length=64)
+
+
+@pytest.fixture
+def model(processor):
+    """A new tiny model, always the same."""
+    return build_model(processor, TEXT_CONFIG, VISION_CONFIG, seed=1)

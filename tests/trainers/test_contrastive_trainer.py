@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 3 on real rows: it learns, GradCache changes nothing, it resumes bit for bit, and it says what is wrong."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+from modeling_cocoa.sentence_transformer import CocoaTransformer
+from trainers.contrastive_config import CocoaContrastiveConfig
+from trainers.contrastive_trainer import CocoaContrastiveTrainer, contrastive_loss
+
+
+@pytest.fixture(scope="module")
+def pairs(emoji):
+    """Names and their pictures."""
+    return emoji.select_columns(["text", "image"]).rename_columns({"text": "query", "image": "positive"})
+
+
+def arguments(folder, **options):
+    defaults = {
+        "per_device_train_batch_size": 16,
+        "learning_rate": 2e-3,
+        "max_steps": 4,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 2,
+        "check_data": False,
+        "report_to": "none",
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return CocoaContrastiveConfig(output_dir=str(folder), **{**defaults, **options})
+
+
+def trainer_of(model, processor, dataset, folder, **options):
+    return CocoaContrastiveTrainer(
+        model, arguments(folder, **options), train_dataset=dataset, processing_class=processor
+    )
+
+
+def ranks(model, pairs):
+    queries, targets = model.encode(list(pairs["query"])), model.encode(list(pairs["positive"]))
+    scores = queries @ targets.T
+    return (scores >= scores.diagonal()[:, None]).sum(1)
+
+
+def test_it_learns_64_pairs_beyond_any_constant(tmp_path, model, processor, pairs):
+    """The best constant embedding has a loss of log(16) and finds 1 in 64."""
+    trainer = trainer_of(model, processor, pairs, tmp_path, max_steps=120)
+    result = trainer.train()
+    last = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert last < 0.75 * np.log(16), result
+    assert (ranks(trainer.model, pairs) == 1).mean() > 4 / 64
+
+
+def mixed_rows(emoji):
+    """Texts, pictures and dicts of both in one batch, with two hard negatives."""
+    rows = emoji.select(range(6))
+    return Dataset.from_dict(
+        {
+            "query": list(rows["text"]),
+            "positive": [row["image"] for row in rows],
+            "negative_1": [{"image": row["twemoji"], "text": "other"} for row in rows],
+            "negative_2": list(reversed(rows["text"])),
+        }
+    )
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("mini_batch_size", [1, 4])
+def test_gradcache_gradients_are_those_without(tmp_path, model, processor, emoji, symmetric, mini_batch_size):
+    rows = mixed_rows(emoji)
+    gradients = []
+    for size in (None, mini_batch_size):
+        trainer = trainer_of(
+            copy.deepcopy(model), processor, rows, tmp_path, symmetric=symmetric, mini_batch_size=size
+        )
+        batch = trainer.data_collator([rows[index] for index in range(6)])
+        features, labels = trainer.collect_features(batch)
+        assert len(features) == 4
+        loss = contrastive_loss(trainer.model.eval(), trainer.args)(features, labels)
+        loss.backward()
+        gradients.append({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})
+    plain, cached = gradients
+    assert plain.keys() == cached.keys() and plain
+    for name, gradient in plain.items():
+        assert (cached[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+
+
+def test_the_loss_is_infonce_at_the_temperature(tmp_path, model, processor, emoji):
+    rows = mixed_rows(emoji)
+    trainer = trainer_of(model, processor, rows, tmp_path, temperature=0.1)
+    features, labels = trainer.collect_features(trainer.data_collator([rows[index] for index in range(6)]))
+    with torch.no_grad():
+        loss = contrastive_loss(trainer.model.eval(), trainer.args)(copy.deepcopy(features), labels)
+        query, positive, *negatives = (
+            torch.tensor(trainer.model.encode(list(rows[name]))) for name in rows.column_names
+        )
+    scores = query @ torch.cat([positive, *negatives]).T / 0.1
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(scores, torch.arange(6)), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, model, processor, pairs, emoji, stop_at):
+    """Two datasets of 64 pairs, 32 a step: step 4 ends an epoch, step 2 is in the middle of one."""
+    styles = emoji.select_columns(["image", "twemoji"]).rename_columns({"image": "query", "twemoji": "positive"})
+    data = DatasetDict({"names": pairs, "styles": styles})
+    options = {
+        "max_steps": 7,
+        "per_device_train_batch_size": 32,
+        "save_strategy": "steps",
+        "save_steps": stop_at,
+    }
+    whole = trainer_of(copy.deepcopy(model), processor, data, tmp_path / "whole", **options)
+    whole.train()
+
+    class Killed(Exception):
+        pass
+
+    first = trainer_of(copy.deepcopy(model), processor, data, tmp_path / "killed", **options)
+    step = first.training_step
+
+    def killed_later(*args, **kwargs):
+        if first.state.global_step == stop_at + 1:
+            raise Killed
+        return step(*args, **kwargs)
+
+    first.training_step = killed_later
+    with pytest.raises(Killed):
+        first.train()
+    second = trainer_of(copy.deepcopy(model), processor, data, tmp_path / "killed", **options)
+    with torch.no_grad():
+        for parameter in second.model.parameters():
+            parameter.zero_()
+    second.train(resume_from_checkpoint=True)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
+
+
+def test_a_saved_model_gives_the_trained_vectors_through_the_stock_door(tmp_path, model, processor, pairs):
+    trainer = trainer_of(model, processor, pairs, tmp_path / "run")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    items = [pairs[0]["query"], pairs[1]["positive"]]
+    expected = trainer.model.encode(items)
+    stock = SentenceTransformer(str(tmp_path / "final"), device="cpu")
+    assert type(stock[0]) is not CocoaTransformer
+    np.testing.assert_allclose(stock.encode(items), expected, atol=1e-5)
+    names = {path.name for path in (tmp_path / "final").rglob("*") if path.is_file()}
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+
+
+def test_lora_trains_adapters_and_saves_plain_weights(tmp_path, model, processor, pairs):
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    trainer = CocoaContrastiveTrainer(
+        model,
+        arguments(tmp_path / "run"),
+        train_dataset=pairs,
+        processing_class=processor,
+        peft_config=config,
+    )
+    trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert trainable and all("lora_" in name for name in trainable)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    items = [pairs[0]["query"], pairs[1]["positive"]]
+    saved = SentenceTransformer(str(tmp_path / "final"), device="cpu")
+    np.testing.assert_allclose(saved.encode(items), trainer.model.encode(items), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "columns", [["positive", "query"], ["query", "positive", "negative"], ["anchor", "positive"], ["query"]]
+)
+def test_wrong_columns_are_named(tmp_path, model, processor, columns):
+    dataset = Dataset.from_dict({name: ["a"] for name in columns})
+    with pytest.raises(ValueError, match="'query', 'positive'.*rename_column"):
+        trainer_of(model, processor, dataset, tmp_path)
+
+
+def test_bad_rows_stop_before_the_first_step_or_are_skipped_and_counted(tmp_path, model, processor):
+    picture = Image.new("RGB", (64, 64), "red")
+    dataset = Dataset.from_dict({"query": ["red", " ", "again"], "positive": [picture] * 3})
+    with pytest.raises(ValueError, match="cannot be read.*empty.*on_bad_sample"):
+        trainer_of(model, processor, dataset, tmp_path, check_data=True)
+    trainer = trainer_of(
+        model, processor, dataset, tmp_path, on_bad_sample="skip", per_device_train_batch_size=3, logging_steps=1
+    )
+    trainer.train()
+    skipped = [entry["skipped_rows"] for entry in trainer.state.log_history if "loss" in entry]
+    assert skipped[0] >= 1 and len(skipped) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"mini_batch_size": 0}, "mini_batch_size must be 1 or more"),
+        ({"on_bad_sample": "drop"}, "on_bad_sample must be one of"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **options)
+
+
+def test_a_best_checkpoint_that_cannot_be_loaded_is_an_error(tmp_path, model, processor, pairs):
+    trainer = trainer_of(model, processor, pairs, tmp_path)
+    trainer.state.best_model_checkpoint = str(tmp_path / "gone")
+    with pytest.raises(OSError):
+        trainer._load_best_model()

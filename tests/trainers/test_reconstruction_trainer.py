@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages 1 and 2 on real rows: they learn, they resume bit for bit, and they say what is wrong."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Image
+from peft import LoraConfig
+from sentence_transformers import SentenceTransformer
+
+from modeling_cocoa.attention import SOURCE, TARGET
+from modeling_cocoa.auto import load_backbone
+from modeling_cocoa.losses import normalize_patches
+from modeling_cocoa.reconstruction import HEADS_FILE, CocoaForReconstruction
+from trainers.collators import ReconstructionCollator
+from trainers.reconstruction_config import CocoaReconstructionConfig
+from trainers.reconstruction_trainer import CocoaReconstructionTrainer
+
+
+def arguments(folder, **options):
+    defaults = {
+        "per_device_train_batch_size": 16,
+        "learning_rate": 3e-3,
+        "max_steps": 4,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 2,
+        "check_data": False,
+        "report_to": "none",
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return CocoaReconstructionConfig(output_dir=str(folder), **{**defaults, **options})
+
+
+def trainer_of(model, processor, dataset, folder, **options):
+    return CocoaReconstructionTrainer(
+        model, arguments(folder, **options), train_dataset=dataset, processing_class=processor
+    )
+
+
+def best_constant_losses(batch):
+    """The losses of the best prediction that does not look at its input: token frequencies, and the mean unit."""
+    labels = batch["labels"]
+    segments = batch["segment_ids"]
+    losses = {}
+    for name, segment in (("text_source", SOURCE), ("text_target", TARGET)):
+        chosen = labels[(labels != -100) & (segments == segment)]
+        if len(chosen):
+            share = torch.bincount(chosen).float() / len(chosen)
+            losses[name] = float(-(share[chosen]).log().mean())
+    if "unit_mask" in batch and batch["unit_mask"].any():
+        patches = batch["pixel_labels"].view(-1, 4, batch["pixel_labels"].shape[1])[batch["unit_mask"]]
+        units = normalize_patches(patches)
+        losses["image"] = float(((units - units.mean(0)) ** 2).mean())
+    return losses
+
+
+def losses_of(model, batch):
+    inputs = {name: value for name, value in batch.items() if name not in ("directions", "num_skipped")}
+    with torch.no_grad():
+        return {name: float(value) for name, value in model.eval()(**inputs).losses.items()}
+
+
+STAGES = [("warmup", "layerwise", 500), ("bridge", "layerwise", 600), ("bridge", "embedding", 600)]
+
+
+@pytest.mark.parametrize(("stage", "bridge", "steps"), STAGES)
+def test_each_stage_learns_64_rows_beyond_any_constant(tmp_path, model, processor, emoji, stage, bridge, steps):
+    """And in the bridge, another row's EOS in front of a target makes its losses worse."""
+    trainer = trainer_of(
+        model, processor, emoji, tmp_path, stage=stage, bridge=bridge, max_steps=steps, image_loss_weight=1.0
+    )
+    trainer.train()
+    collator = ReconstructionCollator(processor, stage=stage)
+    rows = [{**emoji[index], "index": index, "seed": (3, 0, index)} for index in range(64)]
+    examples = [collator.example(row) for row in rows]
+    batch = collator.collate(examples)
+    trained, constant = losses_of(trainer.model, batch), best_constant_losses(batch)
+    assert set(trained) == set(constant)
+    for name, loss in trained.items():
+        assert loss < constant[name], (name, trained, constant)
+    if stage == "bridge":
+        by_direction = {}
+        for index, example in enumerate(examples):
+            by_direction.setdefault(example.direction, []).append(index)
+        for members in by_direction.values():
+            for here, there in zip(members, members[1:] + members[:1], strict=True):
+                examples[here] = type(examples[here])(
+                    examples[here].direction, collator.example(rows[there]).source, examples[here].target
+                )
+        swapped = losses_of(trainer.model, collator.collate(examples))
+        assert swapped["text_target"] > trained["text_target"] + 0.02, (swapped, trained)
+        assert swapped["image"] > trained["image"], (swapped, trained)
+
+
+@pytest.mark.parametrize("stage", ["warmup", "bridge"])
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, model, processor, emoji, stage, stop_at):
+    """16 of 64 rows a step: step 4 ends an epoch, step 2 is in the middle of one."""
+    import copy
+
+    options = {"stage": stage, "max_steps": 7, "save_strategy": "steps", "save_steps": stop_at}
+    whole = trainer_of(copy.deepcopy(model), processor, emoji, tmp_path / "whole", **options)
+    whole.train()
+
+    class Killed(Exception):
+        pass
+
+    first = trainer_of(copy.deepcopy(model), processor, emoji, tmp_path / "killed", **options)
+    step = first.training_step
+
+    def killed_later(*args, **kwargs):
+        if first.state.global_step == stop_at + 1:
+            raise Killed
+        return step(*args, **kwargs)
+
+    first.training_step = killed_later
+    with pytest.raises(Killed):
+        first.train()
+    # A checkpoint that was cut off while it was written is passed over.
+    (tmp_path / "killed" / f"checkpoint-{stop_at + 1}").mkdir()
+    second = trainer_of(copy.deepcopy(model), processor, emoji, tmp_path / "killed", **options)
+    with torch.no_grad():
+        for parameter in second.model.parameters():
+            parameter.zero_()
+    second.train(resume_from_checkpoint=True)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path, model, processor, emoji):
+    import copy
+
+    def weights(seed):
+        trainer = trainer_of(copy.deepcopy(model), processor, emoji, tmp_path, seed=seed, max_steps=2)
+        trainer.train()
+        return trainer.model.unit_mask_embedding.detach().clone(), trainer.model.model.language_model.norm.weight.clone()
+
+    first, second, third = weights(1), weights(1), weights(2)
+    assert torch.equal(first[1], second[1]) and torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], third[1])
+
+
+def test_a_saved_stage_loads_in_every_way(tmp_path, model, processor, emoji):
+    trainer = trainer_of(model, processor, emoji, tmp_path / "run", stage="warmup")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    files = {path.name for path in (tmp_path / "final").rglob("*") if path.is_file()}
+    assert HEADS_FILE in files
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+    again = CocoaForReconstruction.from_pretrained(tmp_path / "final")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    vectors = SentenceTransformer(str(tmp_path / "final"), device="cpu").encode([emoji[0]["text"]])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1.0, rtol=1e-5)
+    # The next stage starts from the folder, by name.
+    following = CocoaReconstructionTrainer(
+        str(tmp_path / "final"), arguments(tmp_path / "next", stage="bridge", max_steps=1), train_dataset=emoji
+    )
+    assert following.model.model.cocoa.mask_token_id == processor.mask_token_id
+    following.train()
+
+
+def test_losses_are_logged_and_evaluated_by_name(tmp_path, model, processor, emoji):
+    trainer = CocoaReconstructionTrainer(
+        model,
+        arguments(tmp_path, stage="bridge", eval_strategy="steps", eval_steps=4),
+        train_dataset=emoji,
+        eval_dataset=emoji.select(range(8)),
+        processing_class=processor,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs and all({"loss_text_target", "loss_image", "token_accuracy"} <= set(entry) for entry in logs)
+    metrics = trainer.evaluate()
+    assert {"eval_loss", "eval_loss_text_target", "eval_loss_image"} <= set(metrics)
+    assert metrics == pytest.approx(
+        {**trainer.evaluate(), **{k: metrics[k] for k in metrics if "runtime" in k or "per_second" in k}}
+    ), "evaluation masks are always the same"
+
+
+def test_lora_trains_adapters_and_heads_and_saves_plain_weights(tmp_path, model, processor, emoji):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = {"stage": "warmup", "save_strategy": "steps", "save_steps": 2}
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+
+    def lora_trainer():
+        import copy
+
+        torch.manual_seed(11)
+        return CocoaReconstructionTrainer(
+            copy.deepcopy(model),
+            arguments(tmp_path, **options),
+            train_dataset=emoji,
+            processing_class=processor,
+            peft_config=config,
+        )
+
+    trainer = lora_trainer()
+    trainer.train()
+    base = {n.replace(".base_layer", ""): p for n, p in trainer.model.model.named_parameters() if "lora_" not in n}
+    for name, value in base.items():
+        assert torch.equal(value, before[name]), f"{name} is frozen"
+    trainer.save_model(str(tmp_path / "final"))
+    merged = load_backbone(tmp_path / "final").eval()
+    inputs = processor([emoji[0]["image"], emoji[1]["text"]])
+    kept = {name: value for name, value in inputs.items() if not name.startswith("num_")}
+    with torch.no_grad():
+        expected = trainer.model.model.eval()(**kept).pooler_output
+        torch.testing.assert_close(merged(**kept).pooler_output, expected, atol=1e-5, rtol=0)
+    resumed = lora_trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text_mask_ratio": 0.0}, r"text_mask_ratio must be in \(0, 1\]; got 0.0"),
+        ({"target_mask_ratio": 2.0}, r"target_mask_ratio must be in \(0, 1\]"),
+        ({"stage": "contrastive"}, "stage must be one of"),
+        ({"bridge": "none"}, "bridge must be one of"),
+        ({"image_loss_weight": -1.0}, "image_loss_weight must be 0 or more"),
+        ({"on_bad_sample": "drop"}, "on_bad_sample must be one of"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **options)
+
+
+def test_wrong_columns_are_named(tmp_path, model, processor):
+    dataset = Dataset.from_dict({"caption": ["a"]})
+    with pytest.raises(ValueError, match=r"'image' or 'text'.*\['caption'\]"):
+        trainer_of(model, processor, dataset, tmp_path)
+
+
+def test_bad_rows_stop_before_the_first_step_or_are_skipped_and_counted(tmp_path, model, processor, emoji):
+    corrupt = {"bytes": b"not a picture", "path": None}
+    dataset = Dataset.from_dict(
+        {"image": [None, corrupt, None, None], "text": ["one", "two", "  ", "four"]}
+    ).cast_column("image", Image(decode=False))
+    with pytest.raises(ValueError, match="row 1: .*on_bad_sample"):
+        trainer_of(model, processor, dataset, tmp_path, check_data=True)
+    trainer = trainer_of(
+        model, processor, dataset, tmp_path, on_bad_sample="skip", per_device_train_batch_size=4, logging_steps=1
+    )
+    trainer.train()
+    assert [entry["skipped_rows"] for entry in trainer.state.log_history if "loss" in entry] == [2.0] * 4
+
+
+def test_a_model_in_memory_needs_its_processor(tmp_path, model, emoji):
+    with pytest.raises(ValueError, match="processing_class"):
+        CocoaReconstructionTrainer(model, arguments(tmp_path), train_dataset=emoji)
+
+
+def test_a_folder_that_is_not_qwen2_vl_is_refused(tmp_path, emoji):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="'bert'"):
+        CocoaReconstructionTrainer(str(tmp_path), arguments(tmp_path / "run"), train_dataset=emoji)
+
+
+def test_a_loss_is_finite_for_a_picture_of_one_colour(tmp_path, model, processor):
+    from PIL import Image as PIL
+
+    dataset = Dataset.from_dict({"image": [PIL.new("RGB", (64, 64), "red")] * 2, "text": ["red"] * 2})
+    trainer = trainer_of(model, processor, dataset, tmp_path, max_steps=2, per_device_train_batch_size=2)
+    assert math.isfinite(trainer.train().training_loss)

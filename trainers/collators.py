@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From dataset rows to reconstruction batches: segments, masks and labels are decided here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeling_cocoa.attention import EOS, SOURCE, TARGET
+from modeling_cocoa.inputs import CocoaInputError
+from modeling_cocoa.processing_cocoa import CocoaProcessor
+
+from .masking import IGNORE_INDEX, check_ratio, choose, mask_text
+
+DIRECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "image_to_text": (("image",), ("text",)),
+    "text_to_image": (("text",), ("image",)),
+    "text_to_text": (("text",), ("text",)),
+    "image_to_image": (("image",), ("image",)),
+    "both_to_both": (("image", "text"), ("image", "text")),
+}
+"""Bridge directions: what the source holds, what the target holds."""
+
+WARMUP = "warmup"
+
+
+@dataclass
+class Segment:
+    """Source (with its EOS) or target of one row, as tensors."""
+
+    input_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor | None = None
+    pixel_labels: Tensor | None = None
+    image_grid_thw: Tensor | None = None
+    unit_mask: Tensor | None = None
+
+
+@dataclass
+class Example:
+    """One training row: `source · EOS`, and in the bridge a target."""
+
+    direction: str
+    source: Segment
+    target: Segment | None = None
+
+
+@dataclass
+class ReconstructionCollator:
+    """
+    Turns rows `{"image", "text", "seed"}` into the arguments of [`CocoaForReconstruction`].
+
+    A row has an image, a text, or both. In the warm-up it becomes one masked sequence; in the bridge a direction is
+    drawn for it among those it can serve, in proportion to their weights. Every draw of a row comes from its `seed`
+    alone, so neither the number of workers nor a resumed run changes what is masked.
+
+    Args:
+        processor ([`CocoaProcessor`]).
+        stage (`"warmup"` or `"bridge"`).
+        text_mask_ratio (`float`, defaults to 0.4): Of the text in the warm-up (MoCa).
+        image_mask_ratio (`float`, defaults to 0.5): Of the units of an image in the warm-up (MoCa).
+        image_mask_fill (`"noise"` or `"zeros"`): What stands in a hidden patch: one vector of noise, or zeros.
+        source_mask_ratio, target_mask_ratio (`float`, defaults to 0.15 and 0.7): Of the text in the bridge.
+        direction_weights (`dict[str, float]`): Weight of each of [`DIRECTIONS`]; those left out weigh 0.
+        on_bad_sample (`"raise"` or `"skip"`): What to do with a row that cannot be read. Skipped rows are counted in
+            `num_skipped` of the batch.
+
+    Raises:
+        ValueError: an option is out of range; a row cannot be read (names the row); no row of a batch can be read.
+    """
+
+    processor: CocoaProcessor
+    stage: Literal["warmup", "bridge"] = "warmup"
+    text_mask_ratio: float = 0.4
+    image_mask_ratio: float = 0.5
+    image_mask_fill: Literal["noise", "zeros"] = "noise"
+    source_mask_ratio: float = 0.15
+    target_mask_ratio: float = 0.7
+    direction_weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(DIRECTIONS, 1.0))
+    on_bad_sample: Literal["raise", "skip"] = "raise"
+
+    def __post_init__(self) -> None:
+        for name in ("text_mask_ratio", "image_mask_ratio", "source_mask_ratio", "target_mask_ratio"):
+            check_ratio(name, getattr(self, name))
+        for name, allowed in (
+            ("stage", ("warmup", "bridge")),
+            ("image_mask_fill", ("noise", "zeros")),
+            ("on_bad_sample", ("raise", "skip")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}; got {getattr(self, name)!r}.")
+        unknown = sorted(set(self.direction_weights) - set(DIRECTIONS))
+        if unknown or any(weight < 0 for weight in self.direction_weights.values()):
+            raise ValueError(
+                f"direction_weights takes weights of 0 or more for {list(DIRECTIONS)}; got {dict(self.direction_weights)}."
+            )
+        if self.stage == "bridge" and not any(self.direction_weights.values()):
+            raise ValueError("direction_weights are all 0: there is no direction to train.")
+        tokenizer = self.processor.tokenizer
+        self._header = len(tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"])
+        self._special = torch.tensor(sorted(set(tokenizer.get_added_vocab().values())))
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The batch of the rows; see [`CocoaForReconstruction.forward`] for its tensors."""
+        examples, problems = [], []
+        for row in rows:
+            try:
+                examples.append(self.example(row))
+            except CocoaInputError as error:
+                problems.append(f"row {row.get('index')}: {error.reason}")
+        if problems and (self.on_bad_sample == "raise" or not examples):
+            raise ValueError(
+                f"Cannot train on {problems[0]} Mend the row, or set on_bad_sample='skip'."
+                if examples or self.on_bad_sample == "raise"
+                else f"No row of this batch can be read; the first: {problems[0]}"
+            )
+        return {**self.collate(examples), "num_skipped": len(problems)}
+
+    def example(self, row: Mapping[str, Any]) -> Example:
+        """
+        Choose a direction for one row, and its masks.
+
+        Raises:
+            CocoaInputError: the row has neither image nor text, or one that cannot be read.
+        """
+        generator = np.random.default_rng(row["seed"])
+        item = {key: row[key] for key in ("image", "text") if row.get(key) is not None}
+        if not item:
+            raise CocoaInputError("it has neither an image nor a text.")
+        if self.stage == "warmup":
+            source = self._segment(item, generator, text_ratio=self.text_mask_ratio, image_ratio=self.image_mask_ratio)
+            return Example(WARMUP, source)
+        direction = self._draw_direction(item, generator)
+        source_kinds, target_kinds = DIRECTIONS[direction]
+        source = self._segment({k: item[k] for k in source_kinds}, generator, text_ratio=self.source_mask_ratio)
+        target = self._segment(
+            {k: item[k] for k in target_kinds}, generator, text_ratio=self.target_mask_ratio, image_ratio=1.0
+        )
+        # A target has neither the template's header nor an EOS of its own.
+        target.input_ids = target.input_ids[self._header : -1]
+        target.labels = target.labels[self._header : -1]
+        return Example(direction, source, target)
+
+    def _draw_direction(self, item: Mapping[str, Any], generator: np.random.Generator) -> str:
+        possible = {
+            name: self.direction_weights.get(name, 0.0)
+            for name, (source, target) in DIRECTIONS.items()
+            if set(source) | set(target) <= set(item)
+        }
+        total = sum(possible.values())
+        if not total:
+            raise CocoaInputError(f"it has only {sorted(item)}, which no direction with a weight above 0 can use.")
+        return str(generator.choice(list(possible), p=[weight / total for weight in possible.values()]))
+
+    def _segment(
+        self,
+        item: Mapping[str, Any],
+        generator: np.random.Generator,
+        *,
+        text_ratio: float,
+        image_ratio: float | None = None,
+    ) -> Segment:
+        encoded = self.processor.encode([dict(item)])[0]
+        ids = encoded["input_ids"]
+        maskable = ~torch.isin(ids, self._special)
+        maskable[: self._header] = False
+        masked_ids, labels = mask_text(ids, maskable, text_ratio, self.processor.mask_token_id, generator)
+        segment = Segment(masked_ids, labels)
+        if "pixel_values" in encoded:
+            pixels, grid = encoded["pixel_values"], encoded["image_grid_thw"]
+            segment.image_grid_thw, segment.pixel_labels = grid, pixels
+            patches_per_unit = self.processor.image_processor.merge_size**2
+            units = pixels.shape[0] // patches_per_unit
+            segment.unit_mask = (
+                choose(units, image_ratio, generator) if image_ratio else torch.zeros(units, dtype=torch.bool)
+            )
+            fill = torch.zeros(pixels.shape[1])
+            if self.image_mask_fill == "noise":
+                fill = torch.from_numpy(generator.standard_normal(pixels.shape[1], dtype=np.float32))
+            hidden = segment.unit_mask.repeat_interleave(patches_per_unit)
+            segment.pixel_values = torch.where(hidden[:, None], fill.to(pixels), pixels)
+        return segment
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Pad examples (on the right) into one batch."""
+        width = max(
+            len(e.source.input_ids) + (len(e.target.input_ids) if e.target is not None else 0) for e in examples
+        )
+        input_ids = torch.full((len(examples), width), self.processor.pad_token_id)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        segment_ids = torch.zeros_like(input_ids)
+        images: list[tuple[Segment, bool]] = []
+        for row, example in enumerate(examples):
+            end = len(example.source.input_ids)
+            input_ids[row, :end], labels[row, :end] = example.source.input_ids, example.source.labels
+            segment_ids[row, :end] = SOURCE
+            segment_ids[row, end - 1] = EOS
+            images.append((example.source, False))
+            if example.target is not None:
+                stop = end + len(example.target.input_ids)
+                input_ids[row, end:stop], labels[row, end:stop] = example.target.input_ids, example.target.labels
+                segment_ids[row, end:stop] = TARGET
+                images.append((example.target, True))
+        batch: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": (segment_ids != 0).long(),
+            "segment_ids": segment_ids,
+            "labels": labels,
+            "directions": [example.direction for example in examples],
+        }
+        images = [(segment, is_target) for segment, is_target in images if segment.pixel_values is not None]
+        if images:
+            for name in ("pixel_values", "pixel_labels", "image_grid_thw", "unit_mask"):
+                batch[name] = torch.cat([getattr(segment, name) for segment, _ in images])
+            batch["image_is_target"] = torch.tensor(
+                [is_target for segment, is_target in images for _ in segment.image_grid_thw]
+            )
+        return batch

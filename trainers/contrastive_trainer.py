@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 3: contrastive training, on sentence-transformers' trainer, samplers and losses."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from torch import nn
+from transformers import ProgressCallback, TrainerCallback, set_seed
+
+from modeling_cocoa.auto import load_backbone
+from modeling_cocoa.modeling_cocoa import CocoaModelMixin
+from modeling_cocoa.inputs import CocoaInputError
+from modeling_cocoa.processing_cocoa import CocoaProcessor
+from modeling_cocoa.saving import save_cocoa
+from modeling_cocoa.sentence_transformer import CocoaTransformer
+
+from .adapters import ADAPTER_FILE, adapter_state_dict, add_adapter, has_adapter, merged
+from .checkpoints import last_checkpoint
+from .contrastive_config import CocoaContrastiveConfig
+from .datasets import check_rows
+from .progress import LossProgressCallback
+
+
+@dataclass
+class ContrastiveCollator(SentenceTransformerDataCollator):
+    """
+    sentence-transformers' collator, which also says which row is bad, or leaves it out.
+
+    Args:
+        on_bad_sample (`"raise"` or `"skip"`): What to do with a row that cannot be read.
+
+    Raises:
+        ValueError: a row cannot be read, or with `"skip"` no row of the batch can.
+    """
+
+    on_bad_sample: str = "raise"
+    skipped: int = 0
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return super().__call__(features)
+        except CocoaInputError as error:
+            if self.on_bad_sample == "raise":
+                raise ValueError(
+                    f"A row of this batch cannot be read: {error} Mend it, or set on_bad_sample='skip'."
+                ) from error
+        readable = [row for row in features if self._can_read(row)]
+        self.skipped += len(features) - len(readable)
+        if not readable:
+            raise ValueError("No row of this batch can be read.")
+        return super().__call__(readable)
+
+    def _can_read(self, row: dict[str, Any]) -> bool:
+        try:
+            super().__call__([row])
+        except CocoaInputError:
+            return False
+        return True
+
+
+class CocoaContrastiveTrainer(SentenceTransformerTrainer):
+    """
+    Trainer of the contrastive stage: InfoNCE on EOS embeddings of queries and targets (CoCoA, arXiv 2603.01471).
+
+    Args:
+        model (`str`, [`~sentence_transformers.SentenceTransformer`] or a CoCoA backbone): A name or folder is loaded
+            with [`CocoaTransformer`]: a checkpoint of an earlier stage, or a generative Qwen2-VL / Qwen2.5-VL one.
+        args ([`CocoaContrastiveConfig`], *optional*).
+        train_dataset, eval_dataset ([`~datasets.Dataset`] or a dict of them, *optional*): Columns `query`, `positive`
+            and any number of `negative_1`, `negative_2`, ...; each a text, an image or a dict of both. With several
+            datasets, each batch comes from one of them.
+        processing_class ([`CocoaProcessor`], *optional*): With a backbone in memory; otherwise the model's own.
+        peft_config ([`~peft.PeftConfig`], *optional*): Train adapters in the backbone.
+        evaluator: Of sentence-transformers.
+        callbacks, optimizers: As in [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: wrong columns, a row that cannot be read, a model that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | SentenceTransformer | CocoaModelMixin,
+        args: CocoaContrastiveConfig | None = None,
+        train_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
+        eval_dataset: Dataset | DatasetDict | dict[str, Dataset] | None = None,
+        processing_class: CocoaProcessor | None = None,
+        peft_config: PeftConfig | None = None,
+        evaluator: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = args if args is not None else CocoaContrastiveConfig(output_dir="cocoa-contrastive")
+        # Before adapters are drawn, so that the same seed is the same run.
+        set_seed(args.seed)
+        sizes = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "max_length": args.max_length}
+        if isinstance(model, CocoaModelMixin):
+            if processing_class is None:
+                raise ValueError("Give `processing_class` (a CocoaProcessor) together with a backbone in memory.")
+            model = SentenceTransformer(modules=[CocoaTransformer(model, processing_class)])
+        elif not isinstance(model, SentenceTransformer):
+            model = SentenceTransformer(modules=[CocoaTransformer(model, processing_class, **sizes)])
+        if not isinstance(model[0], CocoaTransformer):
+            raise ValueError(
+                f"The model's first module is {type(model[0]).__name__}, not CocoaTransformer: "
+                "give the folder or name, and it is loaded as one."
+            )
+        backbone = model[0].model
+        if peft_config is not None:
+            add_adapter(backbone, peft_config)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_columns(name, dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            loss=contrastive_loss(model, args),
+            evaluator=evaluator,
+            data_collator=ContrastiveCollator(
+                model.preprocess, prompts=args.prompts, on_bad_sample=args.on_bad_sample
+            ),
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.check_data and args.on_bad_sample == "raise":
+            for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
+                for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+                    if part is not None:
+                        check_rows(part, self.data_collator, name)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LossProgressCallback)
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """None: the card is written by `save_cocoa`, and the callback would read the datasets to no purpose."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """
+        Train; see [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint folder, or `True` for the last complete
+                one in `output_dir` (from the beginning where there is none).
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the number of rows left out to a training log."""
+        if "loss" in logs and self.data_collator.on_bad_sample == "skip":
+            logs["skipped_rows"] = self.data_collator.skipped
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        module = self.model[0]
+        save_cocoa(merged(module.model), module.processor, output_dir, prompts=self.model.prompts)
+        if has_adapter(module.model):
+            path = os.path.join(output_dir, ADAPTER_FILE)
+            save_file(adapter_state_dict(module.model), path + ".partial")
+            os.replace(path + ".partial", path)
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
+        backbone = self.model[0].model
+        if has_adapter(backbone):
+            state = load_file(os.path.join(checkpoint_path, ADAPTER_FILE))
+            if set(state) != set(adapter_state_dict(backbone)):
+                raise ValueError(f"The adapters in {checkpoint_path} are not those of this run's peft_config.")
+            backbone.load_state_dict(state, strict=False)
+        else:
+            backbone.load_state_dict(load_backbone(checkpoint_path, dtype=backbone.dtype).state_dict())
+
+    def _load_best_model(self) -> None:
+        # sentence-transformers only logs a failure here, and the last weights would pass for the best.
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -> nn.Module:
+    """InfoNCE as sentence-transformers has it, cached (GradCache) where `mini_batch_size` is set."""
+    options: dict[str, Any] = {"scale": 1 / args.temperature, "gather_across_devices": args.gather_across_devices}
+    if args.symmetric:
+        options.update(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
+    if args.mini_batch_size is None:
+        return MultipleNegativesRankingLoss(model, **options)
+    return CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch_size, **options)
+
+
+def check_columns(name: str, dataset: Dataset | dict[str, Dataset] | None) -> None:
+    """Raise `ValueError` unless the columns are `query`, `positive` and `negative_1` to `negative_n`, in this order."""
+    if dataset is None:
+        return
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_columns(f"{name}[{key!r}]", part)
+        return
+    columns = list(dataset.column_names)
+    negatives = [column for column in columns if re.fullmatch(r"negative_\d+", column)]
+    expected = ["query", "positive", *(f"negative_{number + 1}" for number in range(len(negatives)))]
+    if columns != expected:
+        raise ValueError(
+            f"{name} needs the columns 'query', 'positive' and then 'negative_1', 'negative_2', ... if it has "
+            f"negatives, in this order; it has {columns}. Use dataset.rename_column(...) and select_columns(...)."
+        )
+    if not len(dataset):
+        raise ValueError(f"{name} has no rows.")

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows for reconstruction: columns checked, one seed a visit, an order that does not depend on how often a run began."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+from tqdm.auto import tqdm
+
+COLUMNS = ("image", "text")
+
+
+class ReconstructionDataset(torch.utils.data.Dataset):
+    """
+    Rows with an `image`, a `text` or both, each with a seed of its own for every epoch.
+
+    Indexed by `epoch * len(dataset) + row` (see [`EpochSampler`]), so a visit's seed follows from the index alone.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): With at least one of the columns; a row may lack either (None).
+        seed (`int`): Of the run.
+
+    Raises:
+        ValueError: the dataset has neither column, or no rows.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        present = [name for name in COLUMNS if name in dataset.column_names]
+        if not present:
+            raise ValueError(
+                f"The dataset needs a column {' or '.join(map(repr, COLUMNS))}; it has {dataset.column_names}. "
+                "Rename yours with dataset.rename_column(...)."
+            )
+        if not len(dataset):
+            raise ValueError("The dataset has no rows.")
+        self.dataset = dataset.select_columns(present)
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int) -> dict[str, Any]:
+        epoch, index = divmod(int(key), len(self.dataset))
+        return {**self.dataset[index], "index": index, "seed": (self.seed, epoch, index)}
+
+
+class EpochSampler(Sampler[int]):
+    """
+    A new permutation of the rows every epoch, drawn from the run's seed and the epoch's number.
+
+    Args:
+        length (`int`): Rows.
+        seed (`int`): Of the run.
+        epoch (`Callable[[], int]`): Tells the epoch that is about to begin.
+    """
+
+    def __init__(self, length: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.epoch()
+        for index in np.random.default_rng((self.seed, epoch)).permutation(self.length).tolist():
+            yield epoch * self.length + index
+
+
+def check_rows(dataset: torch.utils.data.Dataset, collate: Callable[[list[Any]], Any], name: str) -> None:
+    """
+    Read every row once, so that a bad one is found before the first step and not hours into a run.
+
+    Args:
+        dataset: Rows.
+        collate: What the trainer will do with a row; raises where it cannot.
+        name (`str`): Of the dataset, for the progress bar.
+    """
+    for index in tqdm(range(len(dataset)), desc=f"Checking {name} rows", unit="row", leave=False):
+        collate([dataset[index]])

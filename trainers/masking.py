@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens and which image units are hidden; every draw comes from the generator that is passed in."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def check_ratio(name: str, ratio: float) -> None:
+    """Raise `ValueError` where a mask ratio is outside (0, 1]."""
+    if not 0.0 < ratio <= 1.0:
+        raise ValueError(f"{name} must be in (0, 1]; got {ratio}.")
+
+
+def choose(count: int, ratio: float, generator: np.random.Generator) -> Tensor:
+    """
+    Choose `ratio` of `count` places, at least one.
+
+    Returns:
+        `Tensor` of bool, shape `(count,)`.
+    """
+    chosen = torch.zeros(count, dtype=torch.bool)
+    if count:
+        number = min(count, max(1, round(ratio * count)))
+        chosen[torch.from_numpy(generator.choice(count, size=number, replace=False))] = True
+    return chosen
+
+
+def mask_text(
+    input_ids: Tensor, maskable: Tensor, ratio: float, mask_token_id: int, generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """
+    Hide part of a text.
+
+    Args:
+        input_ids (`Tensor` of shape `(tokens,)`).
+        maskable (`Tensor` of bool, shape `(tokens,)`): The text's own tokens: no template, no vision, no EOS.
+        ratio (`float`): Share of the maskable tokens to hide; at least one is hidden where there is one.
+        mask_token_id (`int`): `<|mask|>`.
+        generator (`np.random.Generator`).
+
+    Returns:
+        The ids with `<|mask|>` in the hidden places, and the labels: the hidden ids, `-100` elsewhere.
+    """
+    hidden = torch.zeros_like(maskable)
+    hidden[maskable] = choose(int(maskable.sum()), ratio, generator)
+    labels = input_ids.masked_fill(~hidden, IGNORE_INDEX)
+    return input_ids.masked_fill(hidden, mask_token_id), labels

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training run as one YAML file: a model, its data, and the stages that it goes through."""
+
+from __future__ import annotations
+
+import os
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from datasets import Dataset, DatasetDict, concatenate_datasets
+from transformers import HfArgumentParser
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from modeling_cocoa.auto import load_backbone
+from modeling_cocoa.processing_cocoa import CocoaProcessor
+
+from .contrastive_config import CocoaContrastiveConfig
+from .contrastive_trainer import CocoaContrastiveTrainer
+from .from_scratch import build_model
+from .reconstruction_config import CocoaReconstructionConfig
+from .reconstruction_trainer import CocoaReconstructionTrainer
+from .tiny_processor import build_tiny_processor
+
+STAGES = ("warmup", "bridge", "contrastive")
+SECTIONS = {"output_dir", "seed", "model", "data", "stages", "evaluate"}
+
+
+@dataclass
+class Recipe:
+    """
+    What a recipe file holds.
+
+    Args:
+        output_dir (`str`): Each stage trains in a folder of its own in it.
+        model (`dict`): Fields of TRL's `ModelConfig` (`model_name_or_path`, `dtype`, `use_peft`, ...), or
+            `from_scratch` with the arguments of `build_tiny_processor` (`processor`) and `build_model`.
+        data (`dict`): `source`: arguments of `datasets.load_dataset`; `train` and `eval`: which of its rows, by the
+            values of columns; `reconstruction`: a list of `{image, text}`; `contrastive`: named
+            `{query, positive, negative_1, ...}`. A value is a column's name, or a text with columns in braces.
+        stages (`dict`): For each of `warmup`, `bridge`, `contrastive` that is to run, the fields of its configuration.
+        seed (`int`, defaults to 42).
+        evaluate (`str`, *optional*): An evaluation to run at the end (`"emoji"`).
+    """
+
+    output_dir: str
+    model: dict[str, Any]
+    data: dict[str, Any]
+    stages: dict[str, dict[str, Any]]
+    seed: int = 42
+    evaluate: str | None = None
+    folder: Path = field(default_factory=Path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Recipe:
+        """
+        Read a recipe.
+
+        Raises:
+            ValueError: a section is missing or unknown; says which there are.
+        """
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is not a recipe: it holds no sections.")
+        unknown, missing = set(values) - SECTIONS, {"output_dir", "model", "data", "stages"} - set(values)
+        if unknown or missing:
+            raise ValueError(
+                f"{path}: unknown sections {sorted(unknown)}, missing {sorted(missing)}; a recipe has {sorted(SECTIONS)}."
+            )
+        if wrong := [stage for stage in values["stages"] if stage not in STAGES]:
+            raise ValueError(f"{path}: unknown stages {wrong}; there are {list(STAGES)}.")
+        return cls(**values, folder=Path(path).resolve().parent)
+
+
+def run_recipe(recipe: Recipe, find_file: Callable[[str], str | os.PathLike]) -> str:
+    """
+    Run the stages of a recipe, one from the result of the other.
+
+    A stage that has ended is not run again, and one that was cut off goes on from its last checkpoint: so the same
+    call after a kill finishes the run, with the same weights.
+
+    Args:
+        recipe ([`Recipe`]).
+        find_file (`Callable`): From a data file's name in the recipe to its path.
+
+    Returns:
+        `str`: The folder of the last stage's model.
+    """
+    model_path = None
+    for stage in STAGES:
+        if stage not in recipe.stages:
+            continue
+        final = Path(recipe.output_dir) / stage / "final"
+        if not (final / "modules.json").is_file():
+            run_stage(recipe, stage, model_path, final, find_file)
+        model_path = str(final)
+    if model_path is None:
+        raise ValueError("The recipe has no stages to run.")
+    return model_path
+
+
+def run_stage(
+    recipe: Recipe, stage: str, model_path: str | None, final: Path, find_file: Callable[[str], str | os.PathLike]
+) -> None:
+    """Train one stage, and save its model to `final`."""
+    options = {
+        "output_dir": str(final.parent),
+        "seed": recipe.seed,
+        "report_to": "none",
+        **recipe.stages[stage],
+    }
+    is_contrastive = stage == "contrastive"
+    config_class = CocoaContrastiveConfig if is_contrastive else CocoaReconstructionConfig
+    if not is_contrastive:
+        options["stage"] = stage
+    (args,) = HfArgumentParser(config_class).parse_dict(options)
+    source = read_source(recipe, find_file)
+    build = contrastive_data if is_contrastive else reconstruction_data
+    train_dataset = build(select_rows(source, recipe.data["train"]), recipe.data)
+    eval_dataset = build(select_rows(source, recipe.data["eval"]), recipe.data) if "eval" in recipe.data else None
+    model, processor, peft_config = load_model(recipe, model_path, args, source)
+    trainer_class = CocoaContrastiveTrainer if is_contrastive else CocoaReconstructionTrainer
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+    trainer.train(resume_from_checkpoint=True)
+    metrics = trainer.evaluate() if eval_dataset is not None else {}
+    trainer.log_metrics(stage, {**metrics})
+    trainer.save_model(str(final))
+
+
+def load_model(recipe: Recipe, model_path: str | None, args: Any, source: Dataset) -> tuple[Any, Any, Any]:
+    """The model a stage starts from, its processor, and the adapters to train."""
+    sizes = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "max_length": args.max_length}
+    if "from_scratch" in recipe.model:
+        if model_path is not None:
+            return model_path, None, None
+        parts = dict(recipe.model["from_scratch"])
+        options = dict(parts.pop("processor"))
+        columns = options.pop("text_columns")
+        texts = [text for name in columns for text in column_texts(source, name)]
+        processor = build_tiny_processor(texts, **options)
+        return build_model(processor, seed=recipe.seed, **parts), processor, None
+    (config,) = HfArgumentParser(ModelConfig).parse_dict(recipe.model)
+    name = model_path or config.model_name_or_path
+    return name, CocoaProcessor.from_pretrained(name, **sizes), get_peft_config(config)
+
+
+def read_source(recipe: Recipe, find_file: Callable[[str], str | os.PathLike]) -> Dataset:
+    """The dataset of a recipe; `data_files` are looked for by `find_file`."""
+    options = {"split": "train", **recipe.data["source"]}
+    if "data_files" in options:
+        files = options["data_files"]
+        options["data_files"] = [str(find_file(file)) for file in ([files] if isinstance(files, str) else files)]
+    return datasets.load_dataset(**options)
+
+
+def select_rows(source: Dataset, where: Mapping[str, Any]) -> Dataset:
+    """
+    The rows whose columns have the given values (or one of a list of them).
+
+    Raises:
+        ValueError: a column does not exist, or no row is left.
+    """
+    keep = range(len(source))
+    for name, wanted in where.items():
+        require_columns(source, [name])
+        values = set(wanted) if isinstance(wanted, list) else {wanted}
+        column = source[name]
+        keep = [index for index in keep if column[index] in values]
+    if not len(keep):
+        raise ValueError(f"No row of the data has {dict(where)}.")
+    return source.select(keep)
+
+
+def require_columns(source: Dataset, names: list[str]) -> None:
+    """Raise `ValueError` where a column does not exist, listing those that do."""
+    missing = [name for name in names if name not in source.column_names]
+    if missing:
+        raise ValueError(f"The data has no column {missing}; it has {source.column_names}.")
+
+
+def column_texts(source: Dataset, value: str) -> list[str]:
+    """A column as texts, or a text with columns in braces, row by row; lists are joined with commas."""
+    if "{" not in value:
+        value = f"{{{value}}}"
+    names = [name for _, name, _, _ in string.Formatter().parse(value) if name]
+    require_columns(source, names)
+    columns = {name: list(source[name]) for name in names}
+    joined = {
+        name: [", ".join(cell) if isinstance(cell, list) else str(cell) for cell in cells]
+        for name, cells in columns.items()
+    }
+    return [value.format(**{name: cells[row] for name, cells in joined.items()}) for row in range(len(source))]
+
+
+def assemble(source: Dataset, columns: Mapping[str, str]) -> Dataset:
+    """A dataset of the named columns: an existing non-text column as it is, anything else as texts."""
+    parts = []
+    for name, value in columns.items():
+        if "{" not in value:
+            require_columns(source, [value])
+            if isinstance(source.features[value], datasets.Image):
+                parts.append(source.select_columns([value]).rename_column(value, name) if value != name else source.select_columns([value]))
+                continue
+        parts.append(Dataset.from_dict({name: column_texts(source, value)}))
+    return concatenate_datasets(parts, axis=1)
+
+
+def reconstruction_data(source: Dataset, data: Mapping[str, Any]) -> Dataset:
+    """The rows of stages 1 and 2: one for each row of the data and entry of `reconstruction`."""
+    return concatenate_datasets([assemble(source, columns) for columns in data["reconstruction"]])
+
+
+def contrastive_data(source: Dataset, data: Mapping[str, Any]) -> DatasetDict:
+    """The datasets of stage 3, by name."""
+    return DatasetDict({name: assemble(source, columns) for name, columns in data["contrastive"].items()})

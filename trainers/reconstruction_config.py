@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of reconstruction pre-training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .collators import DIRECTIONS
+from .masking import check_ratio
+
+
+@dataclass
+class CocoaReconstructionConfig(TrainingArguments):
+    r"""
+    Arguments of [`CocoaReconstructionTrainer`]: those of [`~transformers.TrainingArguments`] and the ones below.
+
+    Defaults are the method's: learning rate 2e-6 with linear decay and 10 % warm-up, gradients clipped at 5. A tiny
+    model trained from nothing needs about a thousand times the learning rate.
+
+    Raises:
+        ValueError: an option is out of range; says which, and the range.
+    """
+
+    learning_rate: float = field(default=2e-6, metadata={"help": "Peak learning rate of AdamW."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of linear warm-up; below 1, their share of all steps."}
+    )
+    max_grad_norm: float = field(default=5.0, metadata={"help": "Largest gradient norm; larger ones are scaled down."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
+
+    stage: str = field(
+        default="warmup",
+        metadata={
+            "help": "'warmup' rebuilds masked text and pixels inside one bidirectional sequence; 'bridge' rebuilds a "
+            "target from its source through the EOS alone.",
+            "choices": ["warmup", "bridge"],
+        },
+    )
+    bridge: str = field(
+        default="layerwise",
+        metadata={
+            "help": "How a bridge target reaches its source: 'layerwise' attends to the EOS in every layer; "
+            "'embedding' attends to one token made from the final embedding.",
+            "choices": ["layerwise", "embedding"],
+        },
+    )
+    text_mask_ratio: float = field(default=0.4, metadata={"help": "Share of text tokens masked in the warm-up."})
+    image_mask_ratio: float = field(default=0.5, metadata={"help": "Share of image units masked in the warm-up."})
+    image_mask_fill: str = field(
+        default="noise",
+        metadata={"help": "What stands in a masked patch: 'noise' (one vector) or 'zeros'.", "choices": ["noise", "zeros"]},
+    )
+    source_mask_ratio: float = field(default=0.15, metadata={"help": "Share of source text masked in the bridge."})
+    target_mask_ratio: float = field(default=0.7, metadata={"help": "Share of target text masked in the bridge."})
+    direction_weights: dict | str = field(
+        default_factory=lambda: dict.fromkeys(DIRECTIONS, 1.0),
+        metadata={
+            "help": f"Weight of each bridge direction ({', '.join(DIRECTIONS)}): a row draws among those it can serve "
+            "in proportion. Those left out weigh 0."
+        },
+    )
+    image_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the pixel loss against the text loss."})
+    normalize_pixels: bool = field(
+        default=True, metadata={"help": "Predict each patch at zero mean and unit variance (MAE), not raw values."}
+    )
+    max_length: int | None = field(
+        default=1280, metadata={"help": "Longest source or target, in tokens; text is cut, images never."}
+    )
+    min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to this many pixels."})
+    max_pixels: int | None = field(default=None, metadata={"help": "Larger images are reduced to this many pixels."})
+    check_data: bool = field(
+        default=True,
+        metadata={"help": "Read every row once before the first step (with on_bad_sample='raise')."},
+    )
+    on_bad_sample: str = field(
+        default="raise",
+        metadata={
+            "help": "A row that cannot be read: 'raise' names it and stops; 'skip' leaves it out, counted in the log.",
+            "choices": ["raise", "skip"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("text_mask_ratio", "image_mask_ratio", "source_mask_ratio", "target_mask_ratio"):
+            check_ratio(name, getattr(self, name))
+        for name in ("stage", "bridge", "image_mask_fill", "on_bad_sample"):
+            choices = type(self).__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}.")
+        if self.image_loss_weight < 0:
+            raise ValueError(f"image_loss_weight must be 0 or more; got {self.image_loss_weight}.")
+        # Rows reach the collator through a dataset of ours, so there is no unused column to remove.
+        self.remove_unused_columns = False
+        super().__post_init__()

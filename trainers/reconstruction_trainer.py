@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages 1 and 2: reconstruction pre-training."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, set_seed
+
+from modeling_cocoa.auto import load_backbone
+from modeling_cocoa.modeling_cocoa import CocoaModelMixin
+from modeling_cocoa.processing_cocoa import CocoaProcessor
+from modeling_cocoa.reconstruction import HEADS_FILE, CocoaForReconstruction, attach_mask_token
+from modeling_cocoa.saving import save_cocoa
+
+from .adapters import ADAPTER_FILE, adapter_state_dict, add_adapter, has_adapter, merged
+from .checkpoints import last_checkpoint
+from .collators import ReconstructionCollator
+from .datasets import EpochSampler, ReconstructionDataset, check_rows
+from .progress import LossProgressCallback, RunningMeans
+from .reconstruction_config import CocoaReconstructionConfig
+
+
+class CocoaReconstructionTrainer(Trainer):
+    """
+    Trainer of the warm-up and of the EOS-bridged stage (CoCoA, arXiv 2603.01471).
+
+    Args:
+        model (`str`, [`CocoaForReconstruction`] or a CoCoA backbone): A name or folder is loaded with
+            [`CocoaForReconstruction.from_pretrained`]: a generative Qwen2-VL / Qwen2.5-VL checkpoint, or one that an
+            earlier stage saved.
+        args ([`CocoaReconstructionConfig`], *optional*).
+        train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): Columns `image` and `text`; a row may lack
+            either.
+        processing_class ([`CocoaProcessor`], *optional*): By default the model's own, with `args`' sizes.
+        peft_config ([`~peft.PeftConfig`], *optional*): Train adapters in the backbone; the heads train in full.
+        callbacks, optimizers: As in [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: wrong columns, a row that cannot be read, a model that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike | CocoaForReconstruction | CocoaModelMixin,
+        args: CocoaReconstructionConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: CocoaProcessor | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+    ) -> None:
+        args = args if args is not None else CocoaReconstructionConfig(output_dir="cocoa-reconstruction")
+        heads = {
+            "bridge": args.bridge,
+            "image_loss_weight": args.image_loss_weight,
+            "normalize_pixels": args.normalize_pixels,
+        }
+        # Before the heads are drawn, so that the same seed is the same run.
+        set_seed(args.seed)
+        if isinstance(model, (str, os.PathLike)):
+            name, model = model, CocoaForReconstruction.from_pretrained(model, **heads)
+            if processing_class is None:
+                processing_class = CocoaProcessor.from_pretrained(
+                    name, min_pixels=args.min_pixels, max_pixels=args.max_pixels, max_length=args.max_length
+                )
+        elif isinstance(model, CocoaModelMixin):
+            model = CocoaForReconstruction(model, **heads)
+        if processing_class is None:
+            raise ValueError("Give `processing_class` (a CocoaProcessor) together with a model that is in memory.")
+        attach_mask_token(model.model, processing_class.mask_token_id)
+        if peft_config is not None:
+            add_adapter(model.model, peft_config)
+
+        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        collator = ReconstructionCollator(
+            processing_class,
+            stage=args.stage,
+            text_mask_ratio=args.text_mask_ratio,
+            image_mask_ratio=args.image_mask_ratio,
+            image_mask_fill=args.image_mask_fill,
+            source_mask_ratio=args.source_mask_ratio,
+            target_mask_ratio=args.target_mask_ratio,
+            direction_weights=args.direction_weights,
+            on_bad_sample=args.on_bad_sample,
+        )
+        rows = {
+            name: ReconstructionDataset(dataset, args.seed) if dataset is not None else None
+            for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset))
+        }
+        if args.check_data and args.on_bad_sample == "raise":
+            for name, dataset in rows.items():
+                if dataset is not None:
+                    check_rows(dataset, collator, name)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=rows["training"],
+            eval_dataset=rows["evaluation"],
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.label_names = ["labels"]
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LossProgressCallback)
+
+    def _get_train_sampler(self, train_dataset: torch.utils.data.Dataset | None = None) -> EpochSampler:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        return EpochSampler(len(dataset), self.args.seed, epoch=lambda: int(self.state.epoch or 0))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """
+        Train; see [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint folder, or `True` for the last complete
+                one in `output_dir` (from the beginning where there is none).
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The weighted sum of the losses; their means by name go to the log."""
+        means = self._means["train" if model.training else "eval"]
+        inputs = dict(inputs)
+        skipped, directions = inputs.pop("num_skipped", 0), inputs.pop("directions")
+        output = model(**inputs)
+        for name, loss in output.losses.items():
+            means.add(f"loss_{name}", float(loss.detach()), 1)
+        if output.token_losses is not None:
+            rows = (inputs["labels"] != -100).nonzero()[:, 0].tolist()
+            losses, correct = output.token_losses.detach().cpu().tolist(), output.token_correct.cpu().tolist()
+            for row, loss, right in zip(rows, losses, correct, strict=True):
+                means.add(f"text_{directions[row]}", loss, 1)
+                means.add("token_accuracy", right, 1)
+        if self.args.on_bad_sample == "skip":
+            means.add("skipped_rows", skipped, 1)
+        return (output.loss, {}) if return_outputs else output.loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Losses only: nothing is predicted that would have to be gathered."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach().mean(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; the losses by name are among the metrics."""
+        self._means["eval"].take()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._means["eval"].take().items()})
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the losses by name to a training log."""
+        if "loss" in logs:
+            logs.update(self._means["train"].take())
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        save_cocoa(merged(self.model.model), self.processing_class, output_dir)
+        self.model.save_heads(output_dir)
+        if has_adapter(self.model):
+            path = os.path.join(output_dir, ADAPTER_FILE)
+            save_file(adapter_state_dict(self.model.model), path + ".partial")
+            os.replace(path + ".partial", path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        own = model if model is not None else self.model
+        own.load_heads(load_file(os.path.join(resume_from_checkpoint, HEADS_FILE)))
+        if has_adapter(own):
+            state = load_file(os.path.join(resume_from_checkpoint, ADAPTER_FILE))
+            unknown = own.model.load_state_dict(state, strict=False).unexpected_keys
+            if unknown or set(state) != set(adapter_state_dict(own.model)):
+                raise ValueError(f"The adapters in {resume_from_checkpoint} are not those of this run's peft_config.")
+        else:
+            saved: PreTrainedModel = load_backbone(resume_from_checkpoint, dtype=own.model.dtype)
+            own.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
