@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a CoCoA checkpoint adds to the stock Qwen2-VL configuration: one dict, `config.cocoa`, read through a dataclass."""
+"""What a CoCoA checkpoint adds to the stock configuration: one dict, `config.cocoa`, read through a dataclass."""
 
 from __future__ import annotations
 

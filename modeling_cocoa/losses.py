@@ -13,9 +13,7 @@ def _chunk_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tupl
     return nn.functional.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(dim=-1) == labels
 
 
-def masked_token_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = 1024
-) -> tuple[Tensor, Tensor]:
+def masked_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = 1024) -> tuple[Tensor, Tensor]:
     """
     Cross-entropy of chosen tokens, a chunk of the rows against the vocabulary at a time.
 
@@ -28,7 +26,7 @@ def masked_token_loss(
         labels (`Tensor` of shape `(tokens,)`): The tokens to predict.
 
     Returns:
-        Loss of each token, float32 of shape `(tokens,)`, and whether it was predicted right, bool of shape `(tokens,)`.
+        Loss of each token, float32 of shape `(tokens,)`, and whether it was right, bool of shape `(tokens,)`.
     """
     losses, correct = [], []
     for rows, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):

@@ -207,7 +207,8 @@ class CocoaProcessor:
         Returns:
             `list[dict]`: One an input, with `input_ids` and `mm_token_type_ids` (0 text, 1 image, 2 video) of shape
             `(tokens,)`, and where it has images or videos `pixel_values` `(patches, values)`, `image_grid_thw`
-            `(images, 3)`, `pixel_values_videos`, `video_grid_thw`, and for Qwen2.5-VL `second_per_grid_ts` `(videos,)`.
+            `(images, 3)`, `pixel_values_videos`, `video_grid_thw`, and for Qwen2.5-VL `second_per_grid_ts`
+            `(videos,)`.
 
         Raises:
             CocoaInputError: an input cannot be encoded, or its images alone exceed `max_length`; names its position.

@@ -243,7 +243,9 @@ class CocoaForReconstruction(nn.Module):
             ValueError: the checkpoint has no text head: neither tied embeddings, nor `lm_head`, nor saved heads.
         """
         backbone = load_backbone(pretrained_model_name_or_path, **kwargs)
-        lm_head = None if backbone.config.tie_word_embeddings else read_lm_head(pretrained_model_name_or_path, **kwargs)
+        lm_head = (
+            None if backbone.config.tie_word_embeddings else read_lm_head(pretrained_model_name_or_path, **kwargs)
+        )
         heads_file = Path(pretrained_model_name_or_path) / HEADS_FILE
         heads = load_file(heads_file) if heads_file.is_file() else {}
         lm_head = heads.get("lm_head.weight", lm_head)

@@ -75,7 +75,7 @@ def save_cocoa(
             processor = own if isinstance(own, CocoaProcessor) else CocoaProcessor(own)
     if not hasattr(backbone, "cocoa"):
         raise ValueError(
-            f"save_cocoa saves CoCoA models; got {type(backbone).__name__}. Load the checkpoint with load_backbone, or "
+            f"save_cocoa saves CoCoA models; got {type(backbone).__name__}. Load it with load_backbone, or "
             "through SentenceTransformer with trust_remote_code=True."
         )
     if processor is None:

@@ -97,7 +97,8 @@ class ReconstructionCollator:
         unknown = sorted(set(self.direction_weights) - set(DIRECTIONS))
         if unknown or any(weight < 0 for weight in self.direction_weights.values()):
             raise ValueError(
-                f"direction_weights takes weights of 0 or more for {list(DIRECTIONS)}; got {dict(self.direction_weights)}."
+                f"direction_weights takes weights of 0 or more for {list(DIRECTIONS)}; "
+                f"got {dict(self.direction_weights)}."
             )
         if self.stage == "bridge" and not any(self.direction_weights.values()):
             raise ValueError("direction_weights are all 0: there is no direction to train.")

@@ -21,8 +21,8 @@ from torch import nn
 from transformers import ProgressCallback, TrainerCallback, set_seed
 
 from modeling_cocoa.auto import load_backbone
-from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.inputs import CocoaInputError
+from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
@@ -201,7 +201,7 @@ def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -
 
 
 def check_columns(name: str, dataset: Dataset | dict[str, Dataset] | None) -> None:
-    """Raise `ValueError` unless the columns are `query`, `positive` and `negative_1` to `negative_n`, in this order."""
+    """Raise `ValueError` unless the columns are `query`, `positive` and `negative_1` to `negative_n`, in order."""
     if dataset is None:
         return
     if isinstance(dataset, dict):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows for reconstruction: columns checked, one seed a visit, an order that does not depend on how often a run began."""
+"""Rows for reconstruction: columns checked, a seed for each visit, an order that interruptions do not change."""
 
 from __future__ import annotations
 

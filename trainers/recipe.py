@@ -6,18 +6,20 @@ from __future__ import annotations
 import os
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import yaml
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import HfArgumentParser
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config
 
 from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.processing_cocoa import CocoaProcessor
+from modeling_cocoa.reconstruction import CocoaForReconstruction
 
 from .contrastive_config import CocoaContrastiveConfig
 from .contrastive_trainer import CocoaContrastiveTrainer
@@ -27,7 +29,7 @@ from .reconstruction_trainer import CocoaReconstructionTrainer
 from .tiny_processor import build_tiny_processor
 
 STAGES = ("warmup", "bridge", "contrastive")
-SECTIONS = {"output_dir", "seed", "model", "data", "stages", "evaluate"}
+SECTIONS = {"output_dir", "seed", "num_threads", "model", "data", "stages", "evaluate"}
 
 
 @dataclass
@@ -44,7 +46,12 @@ class Recipe:
             `{query, positive, negative_1, ...}`. A value is a column's name, or a text with columns in braces.
         stages (`dict`): For each of `warmup`, `bridge`, `contrastive` that is to run, the fields of its configuration.
         seed (`int`, defaults to 42).
-        evaluate (`str`, *optional*): An evaluation to run at the end (`"emoji"`).
+        num_threads (`int`, *optional*): CPU threads of torch; sums depend on it in their last bit, so a run that is to
+            be repeated bit for bit fixes it.
+        evaluate (`str`, *optional*): An evaluation to run at the end; there is `"emoji"`.
+
+    Raises:
+        ValueError: `evaluate` is another.
     """
 
     output_dir: str
@@ -52,8 +59,12 @@ class Recipe:
     data: dict[str, Any]
     stages: dict[str, dict[str, Any]]
     seed: int = 42
+    num_threads: int | None = None
     evaluate: str | None = None
-    folder: Path = field(default_factory=Path)
+
+    def __post_init__(self) -> None:
+        if self.evaluate not in (None, "emoji"):
+            raise ValueError(f"evaluate must be 'emoji' or left out; got {self.evaluate!r}.")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Recipe:
@@ -70,11 +81,28 @@ class Recipe:
         unknown, missing = set(values) - SECTIONS, {"output_dir", "model", "data", "stages"} - set(values)
         if unknown or missing:
             raise ValueError(
-                f"{path}: unknown sections {sorted(unknown)}, missing {sorted(missing)}; a recipe has {sorted(SECTIONS)}."
+                f"{path}: unknown sections {sorted(unknown)}, missing {sorted(missing)}; "
+                f"a recipe has {sorted(SECTIONS)}."
             )
         if wrong := [stage for stage in values["stages"] if stage not in STAGES]:
             raise ValueError(f"{path}: unknown stages {wrong}; there are {list(STAGES)}.")
-        return cls(**values, folder=Path(path).resolve().parent)
+        return cls(**values)
+
+
+def find_recipe(name: str | os.PathLike) -> Path:
+    """
+    The path of a recipe: a file, or the name of one that comes with the package.
+
+    Raises:
+        FileNotFoundError: there is neither; lists those that come with the package.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {recipe.stem: recipe for recipe in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    raise FileNotFoundError(f"There is no recipe {str(name)!r}: give a file, or one of {list(shipped)}.")
 
 
 def run_recipe(recipe: Recipe, find_file: Callable[[str], str | os.PathLike]) -> str:
@@ -91,6 +119,8 @@ def run_recipe(recipe: Recipe, find_file: Callable[[str], str | os.PathLike]) ->
     Returns:
         `str`: The folder of the last stage's model.
     """
+    if recipe.num_threads is not None:
+        torch.set_num_threads(recipe.num_threads)
     model_path = None
     for stage in STAGES:
         if stage not in recipe.stages:
@@ -120,10 +150,11 @@ def run_stage(
         options["stage"] = stage
     (args,) = HfArgumentParser(config_class).parse_dict(options)
     source = read_source(recipe, find_file)
+    train_rows = select_rows(source, recipe.data["train"])
     build = contrastive_data if is_contrastive else reconstruction_data
-    train_dataset = build(select_rows(source, recipe.data["train"]), recipe.data)
+    train_dataset = build(train_rows, recipe.data)
     eval_dataset = build(select_rows(source, recipe.data["eval"]), recipe.data) if "eval" in recipe.data else None
-    model, processor, peft_config = load_model(recipe, model_path, args, source)
+    model, processor, peft_config = load_model(recipe, model_path, args, train_rows)
     trainer_class = CocoaContrastiveTrainer if is_contrastive else CocoaReconstructionTrainer
     trainer = trainer_class(
         model=model,
@@ -139,8 +170,8 @@ def run_stage(
     trainer.save_model(str(final))
 
 
-def load_model(recipe: Recipe, model_path: str | None, args: Any, source: Dataset) -> tuple[Any, Any, Any]:
-    """The model a stage starts from, its processor, and the adapters to train."""
+def load_model(recipe: Recipe, model_path: str | None, args: Any, rows: Dataset) -> tuple[Any, Any, Any]:
+    """The model a stage starts from, its processor (its tokenizer learned from the training rows), and adapters."""
     sizes = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "max_length": args.max_length}
     if "from_scratch" in recipe.model:
         if model_path is not None:
@@ -148,12 +179,24 @@ def load_model(recipe: Recipe, model_path: str | None, args: Any, source: Datase
         parts = dict(recipe.model["from_scratch"])
         options = dict(parts.pop("processor"))
         columns = options.pop("text_columns")
-        texts = [text for name in columns for text in column_texts(source, name)]
+        texts = [text for name in columns for text in column_texts(rows, name)]
         processor = build_tiny_processor(texts, **options)
         return build_model(processor, seed=recipe.seed, **parts), processor, None
     (config,) = HfArgumentParser(ModelConfig).parse_dict(recipe.model)
+    if config.load_in_8bit or config.load_in_4bit:
+        raise ValueError("model: load_in_8bit and load_in_4bit are not supported; use dtype: bfloat16 and use_peft.")
     name = model_path or config.model_name_or_path
-    return name, CocoaProcessor.from_pretrained(name, **sizes), get_peft_config(config)
+    hub = {} if model_path is not None else {"revision": config.model_revision}
+    options = {
+        "dtype": config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype),
+        "attn_implementation": config.attn_implementation,
+        **hub,
+    }
+    if isinstance(args, CocoaContrastiveConfig):
+        model = load_backbone(name, **options)
+    else:
+        model = CocoaForReconstruction.from_pretrained(name, **args.head_options(), **options)
+    return model, CocoaProcessor.from_pretrained(name, **sizes, **hub), get_peft_config(config)
 
 
 def read_source(recipe: Recipe, find_file: Callable[[str], str | os.PathLike]) -> Dataset:
@@ -211,7 +254,7 @@ def assemble(source: Dataset, columns: Mapping[str, str]) -> Dataset:
         if "{" not in value:
             require_columns(source, [value])
             if isinstance(source.features[value], datasets.Image):
-                parts.append(source.select_columns([value]).rename_column(value, name) if value != name else source.select_columns([value]))
+                parts.append(source.select_columns([value]).rename_columns({value: name}))
                 continue
         parts.append(Dataset.from_dict({name: column_texts(source, value)}))
     return concatenate_datasets(parts, axis=1)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -50,7 +51,10 @@ class CocoaReconstructionConfig(TrainingArguments):
     image_mask_ratio: float = field(default=0.5, metadata={"help": "Share of image units masked in the warm-up."})
     image_mask_fill: str = field(
         default="noise",
-        metadata={"help": "What stands in a masked patch: 'noise' (one vector) or 'zeros'.", "choices": ["noise", "zeros"]},
+        metadata={
+            "help": "What stands in a masked patch: 'noise' (one vector) or 'zeros'.",
+            "choices": ["noise", "zeros"],
+        },
     )
     source_mask_ratio: float = field(default=0.15, metadata={"help": "Share of source text masked in the bridge."})
     target_mask_ratio: float = field(default=0.7, metadata={"help": "Share of target text masked in the bridge."})
@@ -94,3 +98,8 @@ class CocoaReconstructionConfig(TrainingArguments):
         # Rows reach the collator through a dataset of ours, so there is no unused column to remove.
         self.remove_unused_columns = False
         super().__post_init__()
+
+    def head_options(self) -> dict[str, Any]:
+        """Arguments of [`CocoaForReconstruction`]."""
+        names = ("bridge", "image_loss_weight", "normalize_pixels")
+        return {name: getattr(self, name) for name in names}

@@ -58,21 +58,16 @@ class CocoaReconstructionTrainer(Trainer):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
     ) -> None:
         args = args if args is not None else CocoaReconstructionConfig(output_dir="cocoa-reconstruction")
-        heads = {
-            "bridge": args.bridge,
-            "image_loss_weight": args.image_loss_weight,
-            "normalize_pixels": args.normalize_pixels,
-        }
         # Before the heads are drawn, so that the same seed is the same run.
         set_seed(args.seed)
         if isinstance(model, (str, os.PathLike)):
-            name, model = model, CocoaForReconstruction.from_pretrained(model, **heads)
+            name, model = model, CocoaForReconstruction.from_pretrained(model, **args.head_options())
             if processing_class is None:
                 processing_class = CocoaProcessor.from_pretrained(
                     name, min_pixels=args.min_pixels, max_pixels=args.max_pixels, max_length=args.max_length
                 )
         elif isinstance(model, CocoaModelMixin):
-            model = CocoaForReconstruction(model, **heads)
+            model = CocoaForReconstruction(model, **args.head_options())
         if processing_class is None:
             raise ValueError("Give `processing_class` (a CocoaProcessor) together with a model that is in memory.")
         attach_mask_token(model.model, processing_class.mask_token_id)

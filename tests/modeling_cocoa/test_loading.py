@@ -17,7 +17,7 @@ WEIGHTS = ("legacy", "generative", "base")
 
 
 def generative_folder(folder, model_type, *, flat, weights):
-    """A checkpoint as the Hub has them (`flat`, `legacy`), or as transformers 5 writes it; returns the base weights."""
+    """A checkpoint as the Hub has them (`flat`, `legacy`), or as transformers 5 does; returns the base weights."""
     generative = CLASSES[model_type][3]
     torch.manual_seed(1)
     model = generative(tiny_config(model_type))

@@ -58,7 +58,12 @@ def bridge_batch(direction, *, source_shift=0, target_shift=0, seed=0):
                 grids.append(GRID)
                 image_is_target.append(is_target)
     labels = torch.where(ids == MASK_ID, LABEL, -100)
-    batch = {"input_ids": ids, "attention_mask": (segments != PADDING).long(), "segment_ids": segments, "labels": labels}
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (segments != PADDING).long(),
+        "segment_ids": segments,
+        "labels": labels,
+    }
     if grids:
         is_target = torch.tensor(image_is_target)
         pixels = torch.randn(16 * len(grids), PATCH_VALUES, generator=generator)

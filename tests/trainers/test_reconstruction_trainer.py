@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages 1 and 2 on real rows: they learn, they resume bit for bit, and they say what is wrong."""
 
+import copy
 import json
 import math
 
@@ -65,14 +66,22 @@ def losses_of(model, batch):
         return {name: float(value) for name, value in model.eval()(**inputs).losses.items()}
 
 
-STAGES = [("warmup", "layerwise", 500), ("bridge", "layerwise", 600), ("bridge", "embedding", 600)]
+STAGES = [("warmup", "layerwise", 160), ("bridge", "layerwise", 200), ("bridge", "embedding", 200)]
 
 
 @pytest.mark.parametrize(("stage", "bridge", "steps"), STAGES)
 def test_each_stage_learns_64_rows_beyond_any_constant(tmp_path, model, processor, emoji, stage, bridge, steps):
     """And in the bridge, another row's EOS in front of a target makes its losses worse."""
     trainer = trainer_of(
-        model, processor, emoji, tmp_path, stage=stage, bridge=bridge, max_steps=steps, image_loss_weight=1.0
+        model,
+        processor,
+        emoji,
+        tmp_path,
+        stage=stage,
+        bridge=bridge,
+        max_steps=steps,
+        image_loss_weight=1.0,
+        learning_rate=8e-3,
     )
     trainer.train()
     collator = ReconstructionCollator(processor, stage=stage)
@@ -101,8 +110,6 @@ def test_each_stage_learns_64_rows_beyond_any_constant(tmp_path, model, processo
 @pytest.mark.parametrize("stop_at", [2, 4])
 def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, model, processor, emoji, stage, stop_at):
     """16 of 64 rows a step: step 4 ends an epoch, step 2 is in the middle of one."""
-    import copy
-
     options = {"stage": stage, "max_steps": 7, "save_strategy": "steps", "save_steps": stop_at}
     whole = trainer_of(copy.deepcopy(model), processor, emoji, tmp_path / "whole", **options)
     whole.train()
@@ -133,12 +140,13 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, model, processo
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path, model, processor, emoji):
-    import copy
-
     def weights(seed):
         trainer = trainer_of(copy.deepcopy(model), processor, emoji, tmp_path, seed=seed, max_steps=2)
         trainer.train()
-        return trainer.model.unit_mask_embedding.detach().clone(), trainer.model.model.language_model.norm.weight.clone()
+        return (
+            trainer.model.unit_mask_embedding.detach().clone(),
+            trainer.model.model.language_model.norm.weight.clone(),
+        )
 
     first, second, third = weights(1), weights(1), weights(2)
     assert torch.equal(first[1], second[1]) and torch.equal(first[0], second[0])
@@ -189,8 +197,6 @@ def test_lora_trains_adapters_and_heads_and_saves_plain_weights(tmp_path, model,
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
     def lora_trainer():
-        import copy
-
         torch.manual_seed(11)
         return CocoaReconstructionTrainer(
             copy.deepcopy(model),

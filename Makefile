@@ -1,0 +1,36 @@
+# Every target sets up what it needs in $(VENV) the first time, and starts at once after that.
+VENV ?= .venv
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.cocoa-installed
+
+# Nothing here goes to the Hub or reports that it ran, and parallel test workers do not fight over the cores.
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## search the emoji with the tiny checkpoint: scores, queries and a gallery page in demo/
+	@$(BIN)/cocoa demo
+
+test: $(INSTALLED) ## run the tests that need no GPU
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+lint: $(INSTALLED) ## check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+# torch and torchvision come first and by plain name, so that pip takes the build meant for this machine.
+$(INSTALLED): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): a few minutes, once."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch>=2.6" "torchvision>=0.21"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@

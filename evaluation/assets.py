@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the files that are not code lie: the emoji set and the tiny checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+INSTALLED = Path(__file__).parent / "_assets"
+"""A wheel carries `data/` and `checkpoints/` here; a checkout has them beside the packages."""
+
+
+def asset_path(name: str) -> Path:
+    """
+    The path of a file or folder that comes with this project, in a checkout and when installed alike.
+
+    Args:
+        name (`str`): Relative to the root of the project, such as `"data/emoji.parquet"` or
+            `"checkpoints/cocoa-tiny"`.
+
+    Raises:
+        FileNotFoundError: there is none of that name; says where it was looked for.
+    """
+    root = INSTALLED if INSTALLED.is_dir() else INSTALLED.parent.parent
+    path = root / name
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{name} is not in {root}; install cocoa-embed again, or run from a complete checkout of the project."
+        )
+    return path

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+
+from evaluation import assets
+
+
+def test_a_checkout_has_its_assets_beside_the_packages():
+    data = assets.asset_path("data/emoji.parquet")
+    assert data.is_file() and (data.parent / "NOTICE").is_file()
+
+
+def test_an_installed_package_carries_them_inside(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "emoji.parquet").write_bytes(b"")
+    monkeypatch.setattr(assets, "INSTALLED", tmp_path)
+    assert assets.asset_path("data/emoji.parquet") == tmp_path / "data" / "emoji.parquet"
+
+
+def test_a_missing_asset_is_named_with_the_place_and_the_mend(tmp_path, monkeypatch):
+    monkeypatch.setattr(assets, "INSTALLED", tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"checkpoints/none is not in {tmp_path}; install"):
+        assets.asset_path("checkpoints/none")

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evaluation.baselines import SIZE, STRENGTHS, TEXT_FEATURES, PixelRidge, lookup_similarity, pixel_features
+from evaluation.retrieval import target_ranks
+
+COLOURS = {"red": (200, 20, 20), "green": (20, 180, 40), "blue": (30, 40, 210), "grey": (128, 128, 128)}
+SHAPES = {"square": (8, 8, 56, 56), "bar": (4, 26, 60, 38), "pole": (26, 4, 38, 60), "corner": (0, 0, 24, 24)}
+
+
+def draw(colour, shape, shift):
+    image = Image.new("RGB", (64, 64), "white")
+    left, top, right, bottom = SHAPES[shape]
+    image.paste(COLOURS[colour], (left + shift, top, right, bottom))
+    return image
+
+
+def concepts(pairs, shift=0):
+    return pixel_features([draw(*pair, shift) for pair in pairs]), [" ".join(pair) for pair in pairs]
+
+
+@pytest.fixture(scope="module")
+def split():
+    pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    held_out = {"validation": [pairs[0], pairs[5], pairs[7]], "test": [pairs[2], pairs[8], pairs[13], pairs[15]]}
+    return {"train": [pair for pair in pairs if pair not in sum(held_out.values(), [])], **held_out}
+
+
+@pytest.fixture(scope="module")
+def ridge(split):
+    train, names = concepts(split["train"])
+    validation, validation_names = concepts(split["validation"])
+    return PixelRidge.fit([train], names, [validation], validation_names)
+
+
+def test_features_are_shrunk_pixels_whatever_the_mode():
+    features = pixel_features([Image.new("RGB", (64, 64), (255, 0, 51)), Image.new("L", (30, 40), 102)])
+    assert features.shape == (2, SIZE * SIZE * 3) and features.dtype == np.float32
+    np.testing.assert_allclose(features[0].reshape(-1, 3), np.tile([1, 0, 0.2], (SIZE**2, 1)), atol=1e-6)
+    np.testing.assert_allclose(features[1], 0.4, atol=1e-6)
+
+
+def test_a_look_up_finds_the_same_drawing_moved_and_paler(split):
+    remembered, _ = concepts(split["train"])
+    searched, _ = concepts(split["train"], shift=3)
+    paler = 0.5 + 0.5 * searched
+    similarity = lookup_similarity(remembered, paler)
+    assert (target_ranks(similarity) == 1).all() and (target_ranks(similarity.T) == 1).all()
+    assert np.abs(similarity).max() <= 1 + 1e-5
+
+
+def test_a_blank_picture_is_like_nothing_and_not_an_error():
+    features = pixel_features([Image.new("RGB", (64, 64), "white"), draw("red", "bar", 0)])
+    np.testing.assert_allclose(lookup_similarity(features, features), [[0, 0], [0, 1]], atol=1e-5)
+
+
+def test_ridge_reads_words_off_pictures_of_concepts_that_it_never_saw(split, ridge):
+    pictures, names = concepts(split["test"])
+    similarity = ridge.similarity(pictures, names)
+    assert similarity.shape == (4, 4)
+    assert (target_ranks(similarity) == 1).all() and (target_ranks(similarity.T) == 1).all()
+
+
+def test_ridge_is_the_regression_that_it_claims_to_be(split, ridge):
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    pixels, names = concepts(split["train"])
+    terms = ridge.vectorizer.transform(names).toarray()
+    reference = sklearn.Ridge(alpha=ridge.strength).fit(pixels, terms)
+    pictures, _ = concepts(split["test"])
+    ours = (pictures - ridge.center) @ ridge.weights + ridge.offset
+    np.testing.assert_allclose(ours, reference.predict(pictures), atol=1e-4)
+
+
+def test_validation_picks_the_settings_that_rank_it_best(split, ridge, monkeypatch):
+    pixels, names = concepts(split["train"])
+    validation, validation_names = concepts(split["validation"])
+    best = ridge._reciprocal_rank(validation, validation_names)
+    for text_features in TEXT_FEATURES:
+        for strength in STRENGTHS:
+            with monkeypatch.context() as patch:
+                patch.setattr("evaluation.baselines.TEXT_FEATURES", {text_features: TEXT_FEATURES[text_features]})
+                patch.setattr("evaluation.baselines.STRENGTHS", (strength,))
+                only = PixelRidge.fit([pixels], names, [validation], validation_names)
+            assert only._reciprocal_rank(validation, validation_names) <= best + 1e-9
+
+
+def test_the_same_data_give_the_same_regression(split, ridge):
+    train, names = concepts(split["train"])
+    validation, validation_names = concepts(split["validation"])
+    again = PixelRidge.fit([train], names, [validation], validation_names)
+    np.testing.assert_array_equal(again.weights, ridge.weights)
+    assert str(again) == str(ridge)

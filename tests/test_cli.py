@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import cocoa
+
+
+@pytest.fixture
+def invoke(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    return lambda *arguments: CliRunner().invoke(cocoa.app, arguments)
+
+
+def test_help_names_the_commands_and_their_options(invoke):
+    result = invoke("--help")
+    assert result.exit_code == 0 and "demo" in result.output
+    result = invoke("demo", "--help")
+    assert result.exit_code == 0
+    for option in ("--model", "--query", "--output-dir"):
+        assert option in result.output
+
+
+def test_help_waits_for_no_library():
+    code = (
+        "import sys, cocoa\n"
+        "try: cocoa.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'sentence_transformers', 'datasets', 'sklearn'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip().endswith("[]")
+
+
+def test_version_is_that_of_the_installed_distribution(invoke, monkeypatch):
+    monkeypatch.setattr(cocoa, "version", {"cocoa-embed": "1.2.3"}.__getitem__)
+    result = invoke("--version")
+    assert result.exit_code == 0 and result.output.strip() == "1.2.3"
+
+
+def test_demo_hands_its_options_over(invoke, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr("evaluation.demo.run_demo", lambda *args, **kwargs: calls.append((args, kwargs)))
+    assert invoke("demo", "--query", "a", "--query", "b", "--output-dir", str(tmp_path)).exit_code == 0
+    assert calls == [((None, tmp_path), {"queries": ["a", "b"]})]
+
+
+def test_a_missing_checkpoint_is_one_clear_line(invoke, tmp_path):
+    result = invoke("demo", "--model", str(tmp_path / "none"))
+    assert result.exit_code == 1
+    assert result.output.startswith("cocoa demo: ") and "holds no sentence-transformers checkpoint" in result.output
+    assert "Traceback" not in result.output
