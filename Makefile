@@ -31,6 +31,6 @@ lint: $(INSTALLED) ## check style and formatting
 $(INSTALLED): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): a few minutes, once."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch>=2.6" "torchvision>=0.21"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check "torch>=2.6" "torchvision>=0.21"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable ".[dev]"
 	@touch $@

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from .retrieval import target_ranks
@@ -53,19 +54,23 @@ class PixelRidge:
     """
     The baseline for held-out concepts: ridge regression from pixels to the TF-IDF vector of the name.
 
+    A prediction is a weighted sum of the train names' vectors, and is kept as these weights: fewer than the terms.
     Build it with [`PixelRidge.fit`].
 
     Args:
         vectorizer (`TfidfVectorizer`): Fitted on the train names.
-        center, offset (`np.ndarray`): Means of the train pixels and of the train vectors.
-        weights (`np.ndarray` of shape `(pixels, terms)`).
+        terms (`scipy.sparse.csr_matrix` of shape `(names, terms)`): The train names' vectors.
+        gram (`np.ndarray` of shape `(names, names)`): Their products with one another.
+        center (`np.ndarray` of shape `(pixels,)`): Mean of the train pictures.
+        weights (`np.ndarray` of shape `(pixels, names)`): From a picture's pixels, centred, to the weights of its sum.
         text_features (`str`): Which of `TEXT_FEATURES` validation chose.
         strength (`float`): Which of `STRENGTHS` validation chose.
     """
 
     vectorizer: TfidfVectorizer
+    terms: csr_matrix
+    gram: np.ndarray
     center: np.ndarray
-    offset: np.ndarray
     weights: np.ndarray
     text_features: str
     strength: float
@@ -87,18 +92,18 @@ class PixelRidge:
             names: Of the train concepts.
             validation_pictures, validation_names: Likewise, of the validation concepts.
         """
-        pixels = np.concatenate(pictures)
-        center = pixels.mean(axis=0)
-        values, vectors = np.linalg.eigh((pixels - center).T @ (pixels - center))
+        center = np.concatenate(pictures).mean(axis=0)
+        centred = [style - center for style in pictures]
+        values, vectors = np.linalg.eigh(sum(style.T @ style for style in centred))
+        rotated = vectors.T @ sum(centred).T  # a name's pictures all predict its one vector
+        solutions = {strength: vectors @ (rotated / (values + strength)[:, None]) for strength in STRENGTHS}
         best, best_score = None, -1.0
         for text_features, options in TEXT_FEATURES.items():
             vectorizer = TfidfVectorizer(**options)
-            terms = np.tile(vectorizer.fit_transform(names).toarray().astype(np.float32), (len(pictures), 1))
-            offset = terms.mean(axis=0)
-            rotated = vectors.T @ ((pixels - center).T @ (terms - offset))
-            for strength in STRENGTHS:
-                weights = vectors @ (rotated / (values + strength)[:, None])
-                ridge = cls(vectorizer, center, offset, weights, text_features, strength)
+            terms = vectorizer.fit_transform(names)
+            gram = (terms @ terms.T).toarray().astype(np.float32)
+            for strength, weights in solutions.items():
+                ridge = cls(vectorizer, terms, gram, center, weights, text_features, strength)
                 score = np.mean([ridge._reciprocal_rank(style, validation_names) for style in validation_pictures])
                 if score > best_score:
                     best, best_score = ridge, score
@@ -109,9 +114,14 @@ class PixelRidge:
         How near each picture's predicted vector is to each name's, of shape `(names, pictures)`: the cosine between
         them, the mean vector taken from both (what all names share tells none of them apart).
         """
-        predicted = (pictures - self.center) @ self.weights
-        terms = self.vectorizer.transform(names).toarray() - self.offset
-        return unit(terms) @ unit(predicted).T
+        sums = (pictures - self.center) @ self.weights
+        offset = np.asarray(self.terms.mean(axis=0))
+        vectors = self.vectorizer.transform(names)
+        predicted_length = np.sqrt(np.einsum("ij,ij->i", sums @ self.gram, sums))
+        vector_length = np.linalg.norm(vectors.toarray() - offset, axis=1)
+        products = (self.terms @ vectors.T).toarray() - self.terms @ offset.T
+        cosine = sums @ products / np.maximum(predicted_length[:, None] * vector_length, 1e-9)
+        return cosine.T
 
     def __str__(self) -> str:
         return f"regression from pixels to TF-IDF of the name ({self.text_features}, strength {self.strength:.3g})"

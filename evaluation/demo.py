@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sentence_transformers import SentenceTransformer
 
 from .assets import asset_path
-from .emoji import STYLES, EmojiEmbeddings, embed_emoji, load_emoji, score_emoji
+from .emoji import STYLES, EmojiEmbeddings, compare_pixels, embed_emoji, load_emoji, score_emoji
 from .gallery import Hit, render_gallery
 from .report import print_scores
 
@@ -86,7 +86,7 @@ def run_demo(
     count = sum(map(len, pictures.values()))
     console.print(f"Embedded {len(emoji):,} names and {count:,} pictures in {seconds:.1f} s.\n")
     with console.status("Scoring, with both baselines and bootstrap intervals"):
-        scores = score_emoji(emoji, embeddings, pictures)
+        scores = score_emoji(emoji, embeddings, compare_pixels(emoji, pictures))
     print_scores(scores, console)
 
     found = search(model, queries, embeddings, emoji["name"], emoji["split"], pictures)

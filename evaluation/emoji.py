@@ -15,6 +15,7 @@ from .baselines import PixelRidge, lookup_similarity, pixel_features
 from .retrieval import Estimate, recall_at, target_ranks
 
 STYLES = {"noto": "Noto", "twemoji": "Twemoji"}
+"""Columns of the pictures, with the names of their styles."""
 SPLITS = ("train", "test")
 DIRECTIONS = ("name_to_image", "image_to_name")
 CUTOFFS = (1, 5, 10)
@@ -50,8 +51,7 @@ class EmojiScore:
         direction (`str`): `"name_to_image"` or `"image_to_name"`.
         candidates (`int`).
         model, baseline, chance (`dict[int, Estimate]`): Recall@k by k; chance has no interval.
-        baseline_name (`str`): Which untrained baseline: pixels are looked up in the other style for seen concepts,
-            and regressed on the words of the name for those held out.
+        baseline_name (`str`): Which untrained baseline.
     """
 
     split: str
@@ -105,51 +105,85 @@ def embed_emoji(
     )
 
 
-def score_emoji(emoji: Dataset, embeddings: EmojiEmbeddings, pictures: dict[str, list[Any]]) -> list[EmojiScore]:
+@dataclass
+class EmojiBaselines:
     """
-    Recall of the model beside chance and the untrained baselines, for each split, style and direction.
+    What pixels alone can do: see `evaluation/baselines.py`.
+
+    Args:
+        similarity (`dict[tuple[str, str], np.ndarray]`): By split and style, of shape `(names, pictures)`.
+        name (`dict[str, str]`): By split, which baseline it is.
+    """
+
+    similarity: dict[tuple[str, str], np.ndarray]
+    name: dict[str, str]
+
+
+def compare_pixels(emoji: Dataset, pictures: dict[str, list[Any]]) -> EmojiBaselines:
+    """
+    Compute the untrained baselines: a look-up through the other style for seen concepts, ridge regression for those
+    held out.
+
+    Args:
+        emoji ([`~datasets.Dataset`]): The set, as from [`load_emoji`].
+        pictures (`dict[str, list[PIL.Image.Image]]`): By style, of all its rows.
+    """
+    names, rows = np.array(emoji["name"]), split_rows(emoji)
+    pixels = {
+        (split, style): pixel_features([images[row] for row in rows[split]])
+        for style, images in pictures.items()
+        for split in rows
+    }
+    ridge = PixelRidge.fit(
+        [pixels["train", style] for style in STYLES],
+        names[rows["train"]],
+        [pixels["validation", style] for style in STYLES],
+        names[rows["validation"]],
+    )
+    similarity = {}
+    for style, other in zip(STYLES, reversed(STYLES), strict=True):
+        similarity["train", style] = lookup_similarity(pixels["train", other], pixels["train", style])
+        similarity["test", style] = ridge.similarity(pixels["test", style], names[rows["test"]])
+    return EmojiBaselines(similarity, {"train": "look-up through the other style", "test": str(ridge)})
+
+
+def score_emoji(emoji: Dataset, embeddings: EmojiEmbeddings, baselines: EmojiBaselines) -> list[EmojiScore]:
+    """
+    Recall of a model beside chance and the untrained baselines, for each split, style and direction.
 
     Args:
         emoji ([`~datasets.Dataset`]): The set, as from [`load_emoji`].
         embeddings ([`EmojiEmbeddings`]): Of all its rows.
-        pictures (`dict[str, list[PIL.Image.Image]]`): By style, of all its rows.
+        baselines ([`EmojiBaselines`]): As from [`compare_pixels`].
     """
-    names, splits = np.array(emoji["name"]), np.array(emoji["split"])
-    rows = {split: np.flatnonzero(splits == split) for split in ("train", "validation", "test")}
-    pixels = {style: pixel_features(images) for style, images in pictures.items()}
-    other = dict(zip(STYLES, reversed(STYLES), strict=True))
-    ridge = PixelRidge.fit(
-        [pixels[style][rows["train"]] for style in STYLES],
-        names[rows["train"]],
-        [pixels[style][rows["validation"]] for style in STYLES],
-        names[rows["validation"]],
-    )
-    scores = []
+    rows, scores = split_rows(emoji), []
     for split in SPLITS:
         of = rows[split]
         for style in STYLES:
             similarity = embeddings.names[of] @ embeddings.pictures[style][of].T
-            if split == "train":
-                baseline_name = f"look-up of the {STYLES[other[style]]} picture"
-                baseline = lookup_similarity(pixels[other[style]][of], pixels[style][of])
-            else:
-                baseline_name = str(ridge)
-                baseline = ridge.similarity(pixels[style][of], names[of])
+            baseline = baselines.similarity[split, style]
             for direction in DIRECTIONS:
-                flip = (lambda scores: scores.T) if direction == "image_to_name" else (lambda scores: scores)
+                if direction == "image_to_name":
+                    similarity, baseline = similarity.T, baseline.T
                 scores.append(
                     EmojiScore(
                         split=split,
                         style=style,
                         direction=direction,
                         candidates=len(of),
-                        model=recalls(flip(similarity)),
-                        baseline=recalls(flip(baseline)),
+                        model=recalls(similarity),
+                        baseline=recalls(baseline),
                         chance={k: min(k / len(of), 1.0) for k in CUTOFFS},
-                        baseline_name=baseline_name,
+                        baseline_name=baselines.name[split],
                     )
                 )
     return scores
+
+
+def split_rows(emoji: Dataset) -> dict[str, np.ndarray]:
+    """The rows of each split, by its name."""
+    splits = np.array(emoji["split"])
+    return {split: np.flatnonzero(splits == split) for split in ("train", "validation", "test")}
 
 
 def recalls(similarity: np.ndarray) -> dict[int, Estimate]:

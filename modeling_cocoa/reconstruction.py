@@ -290,13 +290,13 @@ class CocoaForReconstruction(nn.Module):
         save_file({name: value.contiguous() for name, value in self.heads_state_dict().items()}, partial)
         os.replace(partial, path)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Trade computation for memory in the backbone."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Trade computation for memory in the backbone, whose arguments these are."""
+        self.model.gradient_checkpointing_enable(**kwargs)
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Undo [`gradient_checkpointing_enable`]."""
-        self.model.gradient_checkpointing_disable()
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """What later versions of transformers call [`~CocoaForReconstruction.gradient_checkpointing_enable`]."""
+        self.model.activation_checkpointing_enable(**kwargs)
 
     def forward(
         self,

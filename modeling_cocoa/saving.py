@@ -5,7 +5,6 @@ One folder, two doors: `SentenceTransformer(folder)` through stock classes, and 
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -15,9 +14,11 @@ from typing import Any, Literal
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
+from .auto import BACKBONES
 from .modeling_cocoa import CocoaModelMixin, stock_class
 from .processing_cocoa import CocoaProcessor
 from .sentence_transformer import CocoaTransformer
@@ -33,6 +34,9 @@ REQUIREMENTS = {
 
 MODULE_FILE = "sentence_transformer"
 SENTENCE_TRANSFORMERS_FILE = "config_sentence_transformers.json"
+WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+SAVED_MODULES = (["CocoaTransformer"], ["CocoaTransformer", "Normalize"], ["Transformer", "Pooling", "Normalize"])
+"""Modules of a `SentenceTransformer` that a folder can stand for."""
 
 
 def save_cocoa(
@@ -48,11 +52,13 @@ def save_cocoa(
     Write a model so that it loads through both doors, whole or not at all.
 
     The folder is made ready beside its place and then moved file by file, the file that makes it loadable last; what
-    else lies in an existing folder stays.
+    else lies in an existing folder stays, older safetensors weights of a model apart.
 
     Args:
-        model: A CoCoA backbone, or a `SentenceTransformer` that holds one, whose prompts are then kept.
-        processor ([`CocoaProcessor`], *optional*): By default that of the `SentenceTransformer`.
+        model: A CoCoA backbone, or a `SentenceTransformer` that holds one, whose prompts, `truncate_dim` and
+            `similarity_fn_name` are then kept.
+        processor ([`CocoaProcessor`], *optional*): By default that of the `SentenceTransformer`. Its own `prompt`, if
+            it has one, is saved as the prompt "default", used where none is asked for.
         folder (`str` or `os.PathLike`): Where to.
         modules (`"stock"` or `"cocoa"`): The modules that the folder names: sentence-transformers' own, which load
             without remote code, or [`CocoaTransformer`], which needs `trust_remote_code=True`.
@@ -61,30 +67,37 @@ def save_cocoa(
         default_prompt_name (`str`, *optional*): The prompt used where none is asked for.
 
     Raises:
-        ValueError: the model holds no CoCoA backbone, or the processor is missing; `modules` is neither of the two.
+        ValueError: the model holds no CoCoA backbone, or one with adapters; a `SentenceTransformer` has modules that
+            the folder would lose; the processor is missing; `modules` is neither of the two.
     """
     if modules not in ("stock", "cocoa"):
         raise ValueError(f"modules must be 'stock' or 'cocoa'; got {modules!r}.")
     backbone: Any = model
+    settings: dict[str, Any] = {}
     if isinstance(model, SentenceTransformer):
         backbone = model.transformers_model
+        settings = {"truncate_dim": model.truncate_dim, "similarity_fn_name": model.similarity_fn_name}
         prompts = model.prompts if prompts is None else prompts
         default_prompt_name = model.default_prompt_name if default_prompt_name is None else default_prompt_name
+    _check_backbone(backbone)
+    if isinstance(model, SentenceTransformer):
+        _check_modules(model)
         if processor is None:
-            own = model[0].processor
-            processor = own if isinstance(own, CocoaProcessor) else CocoaProcessor(own)
-    if not hasattr(backbone, "cocoa"):
-        raise ValueError(
-            f"save_cocoa saves CoCoA models; got {type(backbone).__name__}. Load it with load_backbone, or "
-            "through SentenceTransformer with trust_remote_code=True."
-        )
+            processor = model[0].processor
     if processor is None:
         raise ValueError("Give `processor` (a CocoaProcessor) together with a backbone.")
+    if not isinstance(processor, CocoaProcessor):
+        # A stock processor, or the CocoaProcessor of a remote copy, which holds one.
+        prompt = getattr(processor, "prompt", None)
+        processor = CocoaProcessor(getattr(processor, "processor", processor), prompt=prompt)
+    if processor.prompt and default_prompt_name is None:
+        prompts, default_prompt_name = {**(prompts or {}), "default": processor.prompt}, "default"
+    settings.update(prompts=prompts, default_prompt_name=default_prompt_name)
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write_layout(type(backbone), backbone.config, processor, staging, prompts, default_prompt_name)
+        _write_layout(type(backbone), backbone.config, processor, staging, settings)
         backbone.save_pretrained(staging)
         if modules == "cocoa":
             _name_cocoa_module(staging)
@@ -98,43 +111,82 @@ def save_cocoa(
 
 def mend_cocoa(folder: str | os.PathLike) -> list[str]:
     """
-    Complete a CoCoA folder that was saved again through the stock door, which keeps the reference to our code but
-    neither the code nor the version requirements: without the code, `trust_remote_code=True` fails on a missing file.
+    Complete a CoCoA folder that was saved by other means than [`save_cocoa`].
+
+    Saved again through the stock door, a folder keeps the reference to our code but neither the code nor the version
+    requirements: `trust_remote_code=True` then fails on a missing file. Saved by a `SentenceTransformer` of
+    [`CocoaTransformer`], it names our package instead of code of its own.
 
     Args:
-        folder (`str` or `os.PathLike`): A folder with a CoCoA model's `config.json`.
+        folder (`str` or `os.PathLike`): A folder with a CoCoA model's `config.json` and a `modules.json`.
 
     Returns:
-        `list[str]`: The names of the files that were written.
+        `list[str]`: The names of the files that were written; empty where nothing was amiss.
 
     Raises:
-        ValueError: the folder holds no CoCoA model.
+        ValueError: the folder holds no CoCoA model, or nothing that sentence-transformers can load.
     """
     folder = Path(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    reference = config.get("auto_map", {}).get("AutoModel")
-    if "cocoa" not in config or reference is None:
-        raise ValueError(f"{folder} holds no CoCoA model: its config.json has no `cocoa` and `auto_map`.")
-    written = []
+    config = _read_json(folder / "config.json")
+    cls = BACKBONES.get(config.get("model_type"))
+    if "cocoa" not in config or cls is None:
+        raise ValueError(f"{folder} holds no CoCoA model: its config.json has no entry `cocoa`, or there is none.")
+    modules = _read_json(folder / "modules.json")
+    if not modules:
+        raise ValueError(f"{folder} has no modules.json; load the model and its processor and call save_cocoa.")
     sources = Path(__file__).parent
-    starts = [sources / f"{reference.split('.')[0]}.py"]
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    if any(module["type"].startswith(f"{MODULE_FILE}.") for module in modules):
-        starts.append(sources / f"{MODULE_FILE}.py")
+    model_file = cls.__module__.rpartition(".")[2]
+    starts = [sources / f"{model_file}.py"]
+    for module in modules:
+        if module["type"].endswith(f".{CocoaTransformer.__name__}"):
+            module["type"] = f"{MODULE_FILE}.{CocoaTransformer.__name__}"
+            starts.append(sources / f"{MODULE_FILE}.py")
+    written = []
     for start in starts:
         for file in (start, *map(Path, get_relative_import_files(start))):
             target = folder / file.name
             if not target.exists() or target.read_bytes() != file.read_bytes():
                 shutil.copyfile(file, target)
                 written.append(file.name)
-    path = folder / SENTENCE_TRANSFORMERS_FILE
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("requirements") != REQUIREMENTS:
-        settings["requirements"] = REQUIREMENTS
-        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        written.append(path.name)
+    # Loaded from the Hub by the stock class, the reference comes with the repository's name in front.
+    config["auto_map"] = {"AutoModel": f"{model_file}.{cls.__name__}"}
+    settings = {**_read_json(folder / SENTENCE_TRANSFORMERS_FILE), "requirements": REQUIREMENTS}
+    for name, content in (("config.json", config), (SENTENCE_TRANSFORMERS_FILE, settings), ("modules.json", modules)):
+        if content != _read_json(folder / name):
+            (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            written.append(name)
     return written
+
+
+def _read_json(path: Path) -> Any:
+    """What a file holds; an empty dict where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _check_backbone(backbone: Any) -> None:
+    """Raise `ValueError` unless it is a CoCoA backbone of plain weights."""
+    modules = backbone.modules() if isinstance(backbone, nn.Module) else ()
+    if any(type(module).__module__.split(".")[0] == "peft" for module in modules):
+        raise ValueError(
+            "The model has adapters, and a saved folder holds plain weights: save trainers.adapters.merged(backbone)."
+        )
+    if not (isinstance(backbone, PreTrainedModel) and hasattr(backbone, "cocoa")):
+        raise ValueError(
+            f"save_cocoa saves CoCoA models; got {type(backbone).__name__}. Load it with load_backbone, or "
+            "through SentenceTransformer with trust_remote_code=True."
+        )
+
+
+def _check_modules(model: SentenceTransformer) -> None:
+    """Raise `ValueError` where the model has other modules than the saved folder will have."""
+    names = [type(module).__name__ for module in model]
+    modes = {module.pooling_mode for module in model if isinstance(module, Pooling)}
+    if names not in SAVED_MODULES or modes - {"lasttoken"}:
+        raise ValueError(
+            f"A CoCoA folder holds one of the module lists {list(SAVED_MODULES)}, the pooling being 'lasttoken'; this "
+            f"model has {names}{f' with pooling {list(modes)}' if modes else ''}, and would be another one once "
+            "saved. Save it with its own save_pretrained."
+        )
 
 
 def _write_layout(
@@ -142,8 +194,7 @@ def _write_layout(
     config: Any,
     processor: CocoaProcessor,
     folder: Path,
-    prompts: dict[str, str] | None,
-    default_prompt_name: str | None,
+    settings: dict[str, Any],
 ) -> None:
     """
     Let sentence-transformers write its own files and the processor's, from a throwaway model of the same kind.
@@ -157,26 +208,21 @@ def _write_layout(
         dimension = transformer.get_embedding_dimension()
         layout = SentenceTransformer(
             modules=[transformer, Pooling(dimension, pooling_mode="lasttoken"), Normalize()],
-            prompts=prompts,
-            default_prompt_name=default_prompt_name,
             device="cpu",
+            **settings,
         )
         layout.save_pretrained(str(folder), create_model_card=False)
     pooling = folder / "1_Pooling" / "config.json"
-    settings = json.loads(pooling.read_text(encoding="utf-8"))
     size = config.get_text_config().hidden_size
-    settings = {key: size if value == dimension and "dimension" in key else value for key, value in settings.items()}
-    pooling.write_text(json.dumps(settings, indent=4) + "\n", encoding="utf-8")
+    sized = {key: size if "dimension" in key else value for key, value in _read_json(pooling).items()}
+    pooling.write_text(json.dumps(sized, indent=4) + "\n", encoding="utf-8")
     for name in ("model.safetensors", "config.json"):
         (folder / name).unlink()
 
 
 def _small_stock_model(cls: type, config: Any) -> PreTrainedModel:
     """A stock model of the same kind with next to no weights."""
-    config = copy.deepcopy(config)
-    text, vision = config.text_config, config.vision_config
-    pairs = 8
-    small_text = {
+    text = {
         "hidden_size": 32,
         "intermediate_size": 32,
         "num_hidden_layers": 1,
@@ -187,19 +233,15 @@ def _small_stock_model(cls: type, config: Any) -> PreTrainedModel:
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [pairs - 6, 3, 3]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
     }
-    text_config = type(text)(**small_text)
-    is_qwen2 = hasattr(vision, "embed_dim")
-    widths = {"embed_dim": 16, "hidden_size": 32} if is_qwen2 else {"hidden_size": 16, "out_hidden_size": 32}
-    vision_config = type(vision)(
-        depth=1,
-        num_heads=1,
-        patch_size=vision.patch_size,
-        **widths,
-        **({} if is_qwen2 else {"intermediate_size": 16, "fullatt_block_indexes": [0]}),
-    )
-    return stock_class(cls)(type(config)(text_config=text_config, vision_config=vision_config))
+    vision = {"depth": 1, "num_heads": 1, "patch_size": config.vision_config.patch_size}
+    if hasattr(config.vision_config, "embed_dim"):  # Qwen2-VL
+        vision.update(embed_dim=16, hidden_size=32)
+    else:
+        vision.update(hidden_size=16, out_hidden_size=32, intermediate_size=16, fullatt_block_indexes=[0])
+    # As dicts: transformers 5.2 loses configurations given as objects.
+    return stock_class(cls)(type(config)(text_config=text, vision_config=vision))
 
 
 def _name_cocoa_module(folder: Path) -> None:
@@ -218,7 +260,12 @@ def _move_into(staging: Path, folder: Path) -> None:
         os.replace(staging, folder)
         return
     files = [path for path in staging.rglob("*") if path.is_file()]
+    # Whole weights left beside new shards, or shards of another number, would be loaded instead of them.
+    stale = {path for pattern in WEIGHT_FILES for path in folder.glob(pattern) if not (staging / path.name).exists()}
     for path in sorted(files, key=lambda path: (path.name == "modules.json", path)):
+        if path.name == "modules.json":
+            for old in stale:
+                old.unlink()
         target = folder / path.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
@@ -226,7 +273,16 @@ def _move_into(staging: Path, folder: Path) -> None:
 
 def _card(backbone: Any, modules: str) -> str:
     """A short model card."""
-    trust = ", trust_remote_code=True" if modules == "cocoa" else ""
+    trust, notes = ", trust_remote_code=True", ""
+    if modules == "stock":
+        trust = ""
+        notes = """
+With `trust_remote_code=True` the model code in this folder is used; the vectors are the same. A folder that was saved
+again without it has lost that code: `modeling_cocoa.mend_cocoa(folder)` of the package `cocoa-embed` puts it back.
+
+sentence-transformers' own module refuses a conversation beside other inputs in one call, a `pathlib.Path` and image
+bytes. `SentenceTransformer(modules=[modeling_cocoa.CocoaTransformer(folder)])` takes them.
+"""
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: feature-extraction
@@ -247,10 +303,4 @@ from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("path/or/name"{trust})
 vectors = model.encode(["a text", {{"image": "picture.png", "text": "about it"}}])
 ```
-
-With `trust_remote_code=True` the model code in this folder is used; the vectors are the same. A folder that was saved
-again without it has lost that code: `modeling_cocoa.mend_cocoa(folder)` of the package `cocoa-embed` puts it back.
-
-Without the package's `CocoaTransformer`, do not mix a conversation with other inputs in one call (its content would be
-lost), and drop keys that are None.
-"""
+{notes}"""

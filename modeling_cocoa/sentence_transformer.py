@@ -7,8 +7,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .auto import load_backbone
@@ -73,7 +75,8 @@ class CocoaTransformer(InputModule):
             self.model = load_backbone(model_name_or_path, **(model_kwargs or {}))
         if processor is None:
             sizes = {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_length": max_length}
-            processor = CocoaProcessor.from_pretrained(model_name_or_path, **sizes, **(processor_kwargs or {}))
+            options = {**sizes, **(processor_kwargs or {})}
+            processor = CocoaProcessor.from_pretrained(model_name_or_path, **options)
         self.processor = processor
 
     @property
@@ -113,14 +116,25 @@ class CocoaTransformer(InputModule):
                 (`task`) has no bearing here.
 
         Returns:
-            `dict`: The model's tensors, padded.
+            `dict`: What [`CocoaProcessor`] gives, but `second_per_grid_ts` of shape `(batch, videos of a sample)`.
 
         Raises:
             CocoaInputError: an input cannot be encoded; names its position.
+            ValueError: `processing_kwargs`, which change what inputs mean in one call, were passed.
         """
+        if kwargs.get("processing_kwargs"):
+            raise ValueError(
+                "CocoaTransformer takes no processing_kwargs; give min_pixels, max_pixels and max_length when loading "
+                "the model (SentenceTransformer(..., processor_kwargs={...})), or set model.max_seq_length."
+            )
         if not inputs:
             return {}
-        return dict(self.processor(inputs, prompt=prompt, max_length=kwargs.get("max_length")))
+        features = dict(self.processor(inputs, prompt=prompt, max_length=kwargs.get("max_length")))
+        if "second_per_grid_ts" in features:
+            # By sample, because the cached losses of sentence-transformers cut it as if it were.
+            seconds = features["second_per_grid_ts"].split(features["num_videos_per_sample"].tolist())
+            features["second_per_grid_ts"] = pad_sequence(seconds, batch_first=True)
+        return features
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """
@@ -128,6 +142,11 @@ class CocoaTransformer(InputModule):
         the features.
         """
         inputs: dict[str, Tensor] = {name: features[name] for name in MODEL_INPUTS if name in features}
+        if "second_per_grid_ts" in inputs:
+            seconds, videos = inputs.pop("second_per_grid_ts"), features["num_videos_per_sample"]
+            if "video_grid_thw" in inputs:
+                columns = torch.arange(seconds.shape[1], device=seconds.device)
+                inputs["second_per_grid_ts"] = seconds[columns < videos[:, None]]
         outputs = self.model(**inputs)
         features["token_embeddings"] = outputs.last_hidden_state
         features["sentence_embedding"] = outputs.pooler_output
@@ -149,9 +168,18 @@ class CocoaTransformer(InputModule):
         local_files_only: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
+        config_kwargs: dict[str, Any] | None = None,
+        backend: str = "torch",
         **kwargs: Any,
     ) -> CocoaTransformer:
-        """Load the module from a folder or the Hub, as sentence-transformers does."""
+        """
+        Load the module from a folder or the Hub, as sentence-transformers does.
+
+        Raises:
+            ValueError: `backend` is not torch.
+        """
+        if backend != "torch":
+            raise ValueError(f"CocoaTransformer runs on torch only; got backend={backend!r}.")
         hub = {
             "subfolder": subfolder,
             "token": token,
@@ -161,7 +189,7 @@ class CocoaTransformer(InputModule):
         }
         return cls(
             model_name_or_path,
-            model_kwargs={**hub, **(model_kwargs or {})},
+            model_kwargs={**hub, **(config_kwargs or {}), **(model_kwargs or {})},
             processor_kwargs={**hub, **(processor_kwargs or {})},
         )
 

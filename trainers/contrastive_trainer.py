@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
@@ -77,7 +78,7 @@ class CocoaContrastiveTrainer(SentenceTransformerTrainer):
 
     Args:
         model (`str`, [`~sentence_transformers.SentenceTransformer`] or a CoCoA backbone): A name or folder is loaded
-            with [`CocoaTransformer`]: a checkpoint of an earlier stage, or a generative Qwen2-VL / Qwen2.5-VL one.
+            with [`CocoaTransformer`], in float32: a checkpoint of an earlier stage, or a generative Qwen2-VL / Qwen2.5-VL one.
         args ([`CocoaContrastiveConfig`], *optional*).
         train_dataset, eval_dataset ([`~datasets.Dataset`] or a dict of them, *optional*): Columns `query`, `positive`
             and any number of `negative_1`, `negative_2`, ...; each a text, an image or a dict of both. With several
@@ -112,7 +113,9 @@ class CocoaContrastiveTrainer(SentenceTransformerTrainer):
                 raise ValueError("Give `processing_class` (a CocoaProcessor) together with a backbone in memory.")
             model = SentenceTransformer(modules=[CocoaTransformer(model, processing_class)])
         elif not isinstance(model, SentenceTransformer):
-            model = SentenceTransformer(modules=[CocoaTransformer(model, processing_class, **sizes)])
+            # In float32 whatever the checkpoint holds: small steps are lost in bfloat16 weights.
+            module = CocoaTransformer(model, processing_class, **sizes, model_kwargs={"dtype": torch.float32})
+            model = SentenceTransformer(modules=[module])
         if not isinstance(model[0], CocoaTransformer):
             raise ValueError(
                 f"The model's first module is {type(model[0]).__name__}, not CocoaTransformer: "

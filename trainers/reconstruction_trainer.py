@@ -33,8 +33,8 @@ class CocoaReconstructionTrainer(Trainer):
 
     Args:
         model (`str`, [`CocoaForReconstruction`] or a CoCoA backbone): A name or folder is loaded with
-            [`CocoaForReconstruction.from_pretrained`]: a generative Qwen2-VL / Qwen2.5-VL checkpoint, or one that an
-            earlier stage saved.
+            [`CocoaForReconstruction.from_pretrained`], in float32: a generative Qwen2-VL / Qwen2.5-VL checkpoint, or
+            one that an earlier stage saved.
         args ([`CocoaReconstructionConfig`], *optional*).
         train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): Columns `image` and `text`; a row may lack
             either.
@@ -61,7 +61,10 @@ class CocoaReconstructionTrainer(Trainer):
         # Before the heads are drawn, so that the same seed is the same run.
         set_seed(args.seed)
         if isinstance(model, (str, os.PathLike)):
-            name, model = model, CocoaForReconstruction.from_pretrained(model, **args.head_options())
+            # In float32 whatever the checkpoint holds: steps of 2e-6 are lost in bfloat16 weights. `bf16=True` computes
+            # in bfloat16 all the same.
+            name = model
+            model = CocoaForReconstruction.from_pretrained(name, dtype=torch.float32, **args.head_options())
             if processing_class is None:
                 processing_class = CocoaProcessor.from_pretrained(
                     name, min_pixels=args.min_pixels, max_pixels=args.max_pixels, max_length=args.max_length

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stand-in for a model, with no weights: letters of a text and mean colours of a picture as one vector."""
+"""A stand-in for a model: a random vector for each input, the same for the same input."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ class StubModel:
         seed = int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
         vector = np.random.default_rng(seed).normal(size=DIMENSIONS)
         return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def stub_class():
+    return StubModel
 
 
 @pytest.fixture

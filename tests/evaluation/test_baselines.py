@@ -4,6 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.linear_model import Ridge
 
 from evaluation.baselines import SIZE, STRENGTHS, TEXT_FEATURES, PixelRidge, lookup_similarity, pixel_features
 from evaluation.retrieval import target_ranks
@@ -66,26 +67,36 @@ def test_ridge_reads_words_off_pictures_of_concepts_that_it_never_saw(split, rid
 
 
 def test_ridge_is_the_regression_that_it_claims_to_be(split, ridge):
-    sklearn = pytest.importorskip("sklearn.linear_model")
     pixels, names = concepts(split["train"])
     terms = ridge.vectorizer.transform(names).toarray()
-    reference = sklearn.Ridge(alpha=ridge.strength).fit(pixels, terms)
+    reference = Ridge(alpha=ridge.strength).fit(pixels, terms)
     pictures, _ = concepts(split["test"])
-    ours = (pictures - ridge.center) @ ridge.weights + ridge.offset
-    np.testing.assert_allclose(ours, reference.predict(pictures), atol=1e-4)
+    predicted = reference.predict(pictures)
+    ours = (pictures - ridge.center) @ ridge.weights @ terms + terms.mean(axis=0)
+    np.testing.assert_allclose(ours, predicted, atol=1e-4)
+    vectors = ridge.vectorizer.transform(names).toarray()
+    centred = (vectors - terms.mean(axis=0), predicted - terms.mean(axis=0))
+    vectors, predicted = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in centred)
+    np.testing.assert_allclose(ridge.similarity(pictures, names), vectors @ predicted.T, atol=1e-4)
 
 
-def test_validation_picks_the_settings_that_rank_it_best(split, ridge, monkeypatch):
+def test_validation_picks_the_settings_that_rank_it_best(split, monkeypatch):
+    noise = np.random.default_rng(0)
     pixels, names = concepts(split["train"])
-    validation, validation_names = concepts(split["validation"])
-    best = ridge._reciprocal_rank(validation, validation_names)
+    validation, validation_names = concepts(split["validation"] + split["test"])
+    pixels, validation = (rows + noise.normal(size=rows.shape, scale=0.5) for rows in (pixels, validation))
+    data = ([pixels], names, [validation], validation_names)
+    scores = {}
     for text_features in TEXT_FEATURES:
         for strength in STRENGTHS:
             with monkeypatch.context() as patch:
                 patch.setattr("evaluation.baselines.TEXT_FEATURES", {text_features: TEXT_FEATURES[text_features]})
                 patch.setattr("evaluation.baselines.STRENGTHS", (strength,))
-                only = PixelRidge.fit([pixels], names, [validation], validation_names)
-            assert only._reciprocal_rank(validation, validation_names) <= best + 1e-9
+                only = PixelRidge.fit(*data)
+            scores[text_features, strength] = only._reciprocal_rank(validation, validation_names)
+    assert min(scores.values()) < max(scores.values()), "the settings must differ for a choice to show"
+    chosen = PixelRidge.fit(*data)
+    assert scores[chosen.text_features, chosen.strength] == pytest.approx(max(scores.values()), abs=1e-9)
 
 
 def test_the_same_data_give_the_same_regression(split, ridge):

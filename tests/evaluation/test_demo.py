@@ -12,17 +12,15 @@ import pytest
 from rich.console import Console
 
 from evaluation.demo import load_checkpoint, run_demo
-from evaluation.emoji import EmojiEmbeddings, embed_emoji, load_emoji, score_emoji
+from evaluation.emoji import EmojiBaselines, EmojiEmbeddings, embed_emoji, load_emoji, score_emoji
 
 SCRIPT = '<script>alert("1")</script> & [red]'
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(tmp_path_factory, stub_class):
     """A run of the demo with a model that knows nothing: its folder, what it printed, and the model."""
-    from .conftest import StubModel
-
-    folder, model, output = tmp_path_factory.mktemp("demo"), StubModel(), io.StringIO()
+    folder, model, output = tmp_path_factory.mktemp("demo"), stub_class(), io.StringIO()
     console = Console(file=output, width=80)
     result = run_demo(model, folder / "page", queries=["red heart", SCRIPT], console=console)
     return folder / "page", result, output.getvalue(), model
@@ -81,13 +79,16 @@ def test_the_baselines_are_those_that_the_readme_quotes(demo):
 
 
 def test_a_model_that_knows_its_seen_pictures_only_is_told_apart_from_one_that_knows_all(emoji):
-    pictures = {style: [image.convert("RGB") for image in emoji[style]] for style in ("noto", "twemoji")}
     names = np.random.default_rng(0).normal(size=(len(emoji), 64)).astype(np.float32)
     names /= np.linalg.norm(names, axis=1, keepdims=True)
     held_out = np.array(emoji["split"]) == "test"
     shuffled = names.copy()
     shuffled[held_out] = np.roll(names[held_out], 1, axis=0)
-    scores = score_emoji(emoji, EmojiEmbeddings(names, {"noto": names, "twemoji": shuffled}), pictures)
+    sizes = {"train": 1500, "test": 250}
+    nothing = {(split, style): np.zeros((sizes[split],) * 2) for split in sizes for style in ("noto", "twemoji")}
+    baselines = EmojiBaselines(nothing, {"train": "none", "test": "none"})
+    scores = score_emoji(emoji, EmojiEmbeddings(names, {"noto": names, "twemoji": shuffled}), baselines)
+    assert all(score.baseline[10].value == 0 for score in scores)
     at_one = {(score.split, score.style, score.direction): score.model[1].value for score in scores}
     for direction in ("name_to_image", "image_to_name"):
         assert at_one["train", "noto", direction] == at_one["test", "noto", direction] == 1

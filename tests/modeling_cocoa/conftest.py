@@ -7,12 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 from transformers import Qwen2Tokenizer
 
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from tests.qwen2_tokenizer import build_qwen2_tokenizer
 from trainers.tiny_processor import build_tiny_processor
+
+# A busy machine is no reason to fail.
+settings.register_profile("cocoa", deadline=None, max_examples=50)
+settings.load_profile("cocoa")
 
 TEXTS = ["a nerd face with glasses", "a grinning cat face", "a red apple on a table", "une pomme rouge", "りんご"] * 4
 

@@ -204,11 +204,25 @@ def test_preparing_twice_changes_nothing(processor):
     assert len(again.tokenizer) == size and again.processor.chat_template == template
 
 
+def test_a_tokenizer_that_cuts_on_the_left_is_set_to_cut_on_the_right(processor):
+    processor.tokenizer.truncation_side = "left"
+    stock = CocoaProcessor(processor.processor).processor
+    ids = stock(text=["red apple"], text_kwargs={"truncation": True, "max_length": 3})["input_ids"][0]
+    assert stock.tokenizer.decode(ids[0]) == "r" and ids[-1] == processor.eos_token_id
+
+
 def test_a_token_added_later_is_escaped_after_preparing_again(processor):
     processor.tokenizer.add_tokens(["<|secret|>"], special_tokens=True)
     secret = processor.tokenizer.convert_tokens_to_ids("<|secret|>")
     assert secret in processor.encode(["a<|secret|>"])[0]["input_ids"]
-    assert secret not in CocoaProcessor(processor.processor).encode(["a<|secret|>"])[0]["input_ids"]
+    again = CocoaProcessor(processor.processor)
+    assert secret not in again.encode(["a<|secret|>"])[0]["input_ids"]
+    assert "<|secret|>" in again.tokenizer.chat_template
+
+
+def test_the_pixel_cap_of_videos_is_said_outright(processor):
+    # transformers warns, and will change its mind, where it is None.
+    assert getattr(processor.video_processor, "cap_pixels_per_frame", False) is False
 
 
 def test_qwen2_5_gives_the_seconds_of_its_videos(processor, image):

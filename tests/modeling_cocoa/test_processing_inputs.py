@@ -13,9 +13,11 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
+from transformers import Qwen2_5_VLProcessor
 
 from modeling_cocoa import inputs
 from modeling_cocoa.inputs import CocoaInputError
+from modeling_cocoa.processing_cocoa import CocoaProcessor
 from tests.modeling_cocoa.conftest import make_image
 
 TEXT = {"type": "text", "text": "hi"}
@@ -187,6 +189,15 @@ def test_a_film_is_sampled_twice_a_second(encode, processor, film):
             assert same(encode(form), encode({"video": frames}))
 
 
+def test_qwen2_5_is_told_the_pace_of_a_film(processor, film):
+    newer = CocoaProcessor(
+        Qwen2_5_VLProcessor(processor.image_processor, processor.tokenizer, processor.video_processor)
+    )
+    batch = newer([film(40), {"video": [make_image(48, 32)] * 2}])
+    # Two sampled frames a temporal patch, at 2 a second; at transformers' 24 a second where the pace is unknown.
+    assert batch["second_per_grid_ts"].tolist() == pytest.approx([1.0, 2 / 24])
+
+
 def bad_inputs(image, folder) -> dict[str, tuple]:
     """Name -> (item, what the error says)."""
     (folder / "corrupt.png").write_bytes(b"nothing of the kind")
@@ -215,6 +226,7 @@ def bad_inputs(image, folder) -> dict[str, tuple]:
         "missing in a part": (user({"type": "image", "path": missing}), f"there is no image file {missing}"),
         "corrupt file": (folder / "corrupt.png", "corrupt.png cannot be read as an image"),
         "cut file": (str(folder / "cut.png"), "cut.png is corrupt"),
+        "cut file, opened": (Image.open(folder / "cut.png"), "the image is corrupt"),
         "corrupt bytes": ({"image": {"bytes": b"no", "path": None}}, "the image cannot be read as an image"),
         "image dict of nothing": ({"image": {"bytes": None, "path": None}}, 'needs "bytes" or "path"'),
         "image dict of more": ({"image": {"bytes": b"no", "size": 3}}, r"unknown keys \['size'\]"),

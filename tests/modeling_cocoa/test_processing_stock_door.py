@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from jinja2 import TemplateError
 from sentence_transformers.base.modules.transformer import Transformer
 from transformers import Qwen2VLConfig, Qwen2VLModel
@@ -54,7 +55,10 @@ def alpha(image):
 
 
 def chat(*turns) -> list[dict]:
-    return [{"role": role, "content": content} for role, content in turns]
+    return [
+        {"role": role, "content": [{"type": "text", "text": content}] if isinstance(content, str) else content}
+        for role, content in turns
+    ]
 
 
 TEXT, SHOWN = {"type": "text", "text": "a nerd face"}, {"type": "image", "image": PICTURE}
@@ -74,7 +78,7 @@ BATCHES = {
     "frames": [{"video": FRAMES, "text": "a cat"}],
     "film as array": [np.stack([np.array(frame) for frame in FRAMES])],
     "film and image": [{"video": FRAMES, "image": PICTURE}],
-    "message": [{"role": "user", "content": "a cat"}, {"role": "user", "content": [TEXT]}],
+    "message": [{"role": "user", "content": [TEXT]}, {"role": "user", "content": [SHOWN, TEXT]}],
     "conversations": [
         chat(("system", "Be kind."), ("user", [TEXT, SHOWN]), ("assistant", "a <|im_end|> b")),
         chat(("user", [SHOWN, TEXT, SHOWN]), ("assistant", [TEXT, SHOWN, TEXT])),
@@ -92,7 +96,8 @@ def check(stock, processor, batch, **kwargs) -> None:
     expected = stock.preprocess(batch, **kwargs)
     expected.pop("modality")
     actual = processor(batch, **kwargs)
-    assert actual.keys() == expected.keys()
+    # transformers 5.2 has no token types; ids say the same.
+    assert actual.keys() == expected.keys() | {"mm_token_type_ids"}
     for key, value in expected.items():
         assert torch.equal(actual[key], value), key
 
@@ -101,6 +106,12 @@ def check(stock, processor, batch, **kwargs) -> None:
 @pytest.mark.parametrize("name", BATCHES)
 def test_same_tensors(stock, processor, name, prompt):
     check(stock, processor, BATCHES[name], prompt=prompt)
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("5.2."), reason="its stock processor takes no str as content")
+def test_same_tensors_of_str_contents(stock, processor):
+    conversation = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a cat"}]
+    check(stock, processor, [conversation, {"role": "user", "content": "a red apple"}], prompt="Find it.")
 
 
 @pytest.mark.parametrize("limit", [1, 2, 9, 20])
@@ -145,6 +156,11 @@ def test_a_stock_batch_that_would_lose_content_raises(stock, processor):
         stock.preprocess([{"text": None, "image": None}])
     with pytest.raises(TemplateError, match="a text must be a string"):
         stock.preprocess([{"text": 5, "image": PICTURE}])
+
+
+def test_a_role_cannot_hold_a_control_token(stock):
+    text = stock.processor.apply_chat_template(chat(("<|im_end|>", "a cat")), tokenize=False)
+    assert text == "<|im_start|>< |im_end|>\na cat"
 
 
 def test_both_refuse_to_cut_an_image(stock, processor):
