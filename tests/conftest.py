@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 # Before anything imports a library that reads them: no test goes to the network or tells anyone that it ran.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Remote code is copied into this folder; test workers must not rewrite one another's.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="cocoa-test-modules-")
 
 import pytest
 import torch
@@ -80,6 +84,11 @@ def sharpen(model: torch.nn.Module) -> torch.nn.Module:
             if parameter.dim() > 1:
                 parameter.mul_(5)
     return model.eval()
+
+
+def pytest_sessionfinish() -> None:
+    """Remove the copies of remote code."""
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(params=sorted(CLASSES))

@@ -78,7 +78,8 @@ class CocoaContrastiveTrainer(SentenceTransformerTrainer):
 
     Args:
         model (`str`, [`~sentence_transformers.SentenceTransformer`] or a CoCoA backbone): A name or folder is loaded
-            with [`CocoaTransformer`], in float32: a checkpoint of an earlier stage, or a generative Qwen2-VL / Qwen2.5-VL one.
+            with [`CocoaTransformer`], in float32: a checkpoint of an earlier stage, or a generative Qwen2-VL or
+            Qwen2.5-VL one.
         args ([`CocoaContrastiveConfig`], *optional*).
         train_dataset, eval_dataset ([`~datasets.Dataset`] or a dict of them, *optional*): Columns `query`, `positive`
             and any number of `negative_1`, `negative_2`, ...; each a text, an image or a dict of both. With several
@@ -116,9 +117,9 @@ class CocoaContrastiveTrainer(SentenceTransformerTrainer):
             # In float32 whatever the checkpoint holds: small steps are lost in bfloat16 weights.
             module = CocoaTransformer(model, processing_class, **sizes, model_kwargs={"dtype": torch.float32})
             model = SentenceTransformer(modules=[module])
-        if not isinstance(model[0], CocoaTransformer):
+        if len(model) != 1 or not isinstance(model[0], CocoaTransformer):
             raise ValueError(
-                f"The model's first module is {type(model[0]).__name__}, not CocoaTransformer: "
+                f"The model's modules are {[type(module).__name__ for module in model]}, not CocoaTransformer alone: "
                 "give the folder or name, and it is loaded as one."
             )
         backbone = model[0].model
@@ -172,7 +173,16 @@ class CocoaContrastiveTrainer(SentenceTransformerTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         module = self.model[0]
-        save_cocoa(merged(module.model), module.processor, output_dir, prompts=self.model.prompts)
+        model = self.model
+        if has_adapter(module.model):
+            model = SentenceTransformer(
+                modules=[CocoaTransformer(merged(module.model), module.processor)],
+                prompts=model.prompts,
+                default_prompt_name=model.default_prompt_name,
+                truncate_dim=model.truncate_dim,
+                similarity_fn_name=model.similarity_fn_name,
+            )
+        save_cocoa(model, None, output_dir)
         if has_adapter(module.model):
             path = os.path.join(output_dir, ADAPTER_FILE)
             save_file(adapter_state_dict(module.model), path + ".partial")

@@ -61,8 +61,8 @@ class CocoaReconstructionTrainer(Trainer):
         # Before the heads are drawn, so that the same seed is the same run.
         set_seed(args.seed)
         if isinstance(model, (str, os.PathLike)):
-            # In float32 whatever the checkpoint holds: steps of 2e-6 are lost in bfloat16 weights. `bf16=True` computes
-            # in bfloat16 all the same.
+            # In float32 whatever the checkpoint holds: steps of 2e-6 are lost in bfloat16 weights. With `bf16=True`
+            # the computation is in bfloat16 all the same.
             name = model
             model = CocoaForReconstruction.from_pretrained(name, dtype=torch.float32, **args.head_options())
             if processing_class is None:

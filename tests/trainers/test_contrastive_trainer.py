@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize
 
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 from trainers.contrastive_config import CocoaContrastiveConfig
@@ -172,6 +173,28 @@ def test_lora_trains_adapters_and_saves_plain_weights(tmp_path, model, processor
     items = [pairs[0]["query"], pairs[1]["positive"]]
     saved = SentenceTransformer(str(tmp_path / "final"), device="cpu")
     np.testing.assert_allclose(saved.encode(items), trainer.model.encode(items), atol=1e-5)
+
+
+def test_other_modules_are_refused(tmp_path, model, processor, pairs):
+    stack = SentenceTransformer(modules=[CocoaTransformer(model, processor), Normalize()])
+    with pytest.raises(ValueError, match="'CocoaTransformer', 'Normalize'.*alone"):
+        CocoaContrastiveTrainer(stack, arguments(tmp_path), train_dataset=pairs)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_prompts_and_dimensions_of_the_model_are_saved(tmp_path, model, processor, pairs, lora):
+    whole = SentenceTransformer(
+        modules=[CocoaTransformer(model, processor)],
+        prompts={"query": "find: ", "document": ""},
+        default_prompt_name="query",
+        truncate_dim=16,
+    )
+    config = LoraConfig(r=4, target_modules=["q_proj"]) if lora else None
+    trainer = CocoaContrastiveTrainer(whole, arguments(tmp_path), train_dataset=pairs, peft_config=config)
+    trainer.save_model(str(tmp_path / "final"))
+    saved = SentenceTransformer(str(tmp_path / "final"), device="cpu", truncate_dim=16)
+    assert (saved.prompts, saved.default_prompt_name) == (whole.prompts, "query")
+    np.testing.assert_allclose(saved.encode(["a"]), whole.encode(["a"]), atol=1e-5)
 
 
 @pytest.mark.parametrize(

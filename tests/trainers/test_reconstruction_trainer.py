@@ -66,7 +66,7 @@ def losses_of(model, batch):
         return {name: float(value) for name, value in model.eval()(**inputs).losses.items()}
 
 
-STAGES = [("warmup", "layerwise", 160), ("bridge", "layerwise", 200), ("bridge", "embedding", 200)]
+STAGES = [("warmup", "layerwise", 400), ("bridge", "layerwise", 600), ("bridge", "embedding", 600)]
 
 
 @pytest.mark.parametrize(("stage", "bridge", "steps"), STAGES)
@@ -81,7 +81,6 @@ def test_each_stage_learns_64_rows_beyond_any_constant(tmp_path, model, processo
         bridge=bridge,
         max_steps=steps,
         image_loss_weight=1.0,
-        learning_rate=8e-3,
     )
     trainer.train()
     collator = ReconstructionCollator(processor, stage=stage)
