@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from modeling_cocoa.auto import load_backbone
 
 ADAPTER_FILE = "adapter_state.safetensors"
 """File of a checkpoint that holds the adapters of the run; the weights beside it have them folded in."""
@@ -34,6 +39,31 @@ def has_adapter(model: nn.Module) -> bool:
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The weights that train, by name: what a checkpoint must keep beside the frozen base."""
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_adapter(backbone: nn.Module, folder: str | os.PathLike) -> None:
+    """Write the adapters of a run into its checkpoint, whole or not at all; nothing where there are none."""
+    if has_adapter(backbone):
+        path = Path(folder) / ADAPTER_FILE
+        partial = path.with_suffix(".partial")
+        save_file(adapter_state_dict(backbone), partial)
+        os.replace(partial, path)
+
+
+def load_checkpoint(backbone: Any, folder: str | os.PathLike) -> None:
+    """
+    Put the weights of a checkpoint into the backbone that goes on training: its adapters, or all of them.
+
+    Raises:
+        ValueError: the checkpoint's adapters are not those of the backbone.
+    """
+    if not has_adapter(backbone):
+        backbone.load_state_dict(load_backbone(folder, dtype=backbone.dtype).state_dict())
+        return
+    state = load_file(Path(folder) / ADAPTER_FILE)
+    if set(state) != set(adapter_state_dict(backbone)):
+        raise ValueError(f"The adapters in {folder} are not those of this run's peft_config.")
+    backbone.load_state_dict(state, strict=False)
 
 
 def merged(backbone: Any) -> Any:

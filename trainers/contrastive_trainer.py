@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig
-from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.losses import (
@@ -21,14 +20,13 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback, set_seed
 
-from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
-from .adapters import ADAPTER_FILE, adapter_state_dict, add_adapter, has_adapter, merged
+from .adapters import add_adapter, has_adapter, load_checkpoint, merged, save_adapter
 from .checkpoints import last_checkpoint
 from .contrastive_config import CocoaContrastiveConfig
 from .datasets import check_rows
@@ -183,20 +181,10 @@ class CocoaContrastiveTrainer(SentenceTransformerTrainer):
                 similarity_fn_name=model.similarity_fn_name,
             )
         save_cocoa(model, None, output_dir)
-        if has_adapter(module.model):
-            path = os.path.join(output_dir, ADAPTER_FILE)
-            save_file(adapter_state_dict(module.model), path + ".partial")
-            os.replace(path + ".partial", path)
+        save_adapter(module.model, output_dir)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
-        backbone = self.model[0].model
-        if has_adapter(backbone):
-            state = load_file(os.path.join(checkpoint_path, ADAPTER_FILE))
-            if set(state) != set(adapter_state_dict(backbone)):
-                raise ValueError(f"The adapters in {checkpoint_path} are not those of this run's peft_config.")
-            backbone.load_state_dict(state, strict=False)
-        else:
-            backbone.load_state_dict(load_backbone(checkpoint_path, dtype=backbone.dtype).state_dict())
+        load_checkpoint(self.model[0].model, checkpoint_path)
 
     def _load_best_model(self) -> None:
         # sentence-transformers only logs a failure here, and the last weights would pass for the best.

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
 
-from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.reconstruction import HEADS_FILE, CocoaForReconstruction, attach_mask_token
 from modeling_cocoa.saving import save_cocoa
 
-from .adapters import ADAPTER_FILE, adapter_state_dict, add_adapter, has_adapter, merged
+from .adapters import add_adapter, load_checkpoint, merged, save_adapter
 from .checkpoints import last_checkpoint
 from .collators import ReconstructionCollator
 from .datasets import EpochSampler, ReconstructionDataset, check_rows
@@ -174,22 +173,12 @@ class CocoaReconstructionTrainer(Trainer):
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         save_cocoa(merged(self.model.model), self.processing_class, output_dir)
         self.model.save_heads(output_dir)
-        if has_adapter(self.model):
-            path = os.path.join(output_dir, ADAPTER_FILE)
-            save_file(adapter_state_dict(self.model.model), path + ".partial")
-            os.replace(path + ".partial", path)
+        save_adapter(self.model.model, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         own = model if model is not None else self.model
         own.load_heads(load_file(os.path.join(resume_from_checkpoint, HEADS_FILE)))
-        if has_adapter(own):
-            state = load_file(os.path.join(resume_from_checkpoint, ADAPTER_FILE))
-            unknown = own.model.load_state_dict(state, strict=False).unexpected_keys
-            if unknown or set(state) != set(adapter_state_dict(own.model)):
-                raise ValueError(f"The adapters in {resume_from_checkpoint} are not those of this run's peft_config.")
-        else:
-            saved: PreTrainedModel = load_backbone(resume_from_checkpoint, dtype=own.model.dtype)
-            own.model.load_state_dict(saved.state_dict())
+        load_checkpoint(own.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
