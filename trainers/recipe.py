@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, concatenate_datasets
@@ -21,6 +22,7 @@ from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.reconstruction import CocoaForReconstruction
 
+from .augment import augment_pictures
 from .contrastive_config import CocoaContrastiveConfig
 from .contrastive_trainer import CocoaContrastiveTrainer
 from .from_scratch import build_model
@@ -43,7 +45,10 @@ class Recipe:
             `from_scratch` with the arguments of `build_tiny_processor` (`processor`) and `build_model`.
         data (`dict`): `source`: arguments of `datasets.load_dataset`; `train` and `eval`: which of its rows, by the
             values of columns; `reconstruction`: a list of `{image, text}`; `contrastive`: named
-            `{query, positive, negative_1, ...}`. A value is a column's name, or a text with columns in braces.
+            `{query, positive, negative_1, ...}`. A value is a column's name, or a text with columns in braces; a
+            column of lists is joined with commas, as `{column:sample}` only a random part of each list, in random
+            order. An entry with `variants` is used that many times in training, each time with samples of its own;
+            with `augment: true` all but the first also have their pictures changed a little (`augment_pictures`).
         stages (`dict`): For each of `warmup`, `bridge`, `contrastive` that is to run, the fields of its configuration.
         seed (`int`, defaults to 42).
         num_threads (`int`, *optional*): CPU threads of torch; sums depend on it in their last bit, so a run that is to
@@ -152,8 +157,11 @@ def run_stage(
     source = read_source(recipe, find_file)
     train_rows = select_rows(source, recipe.data["train"])
     build = contrastive_data if is_contrastive else reconstruction_data
-    train_dataset = build(train_rows, recipe.data)
-    eval_dataset = build(select_rows(source, recipe.data["eval"]), recipe.data) if "eval" in recipe.data else None
+    train_dataset = build(train_rows, recipe.data, recipe.seed)
+    eval_dataset = None
+    if "eval" in recipe.data:
+        eval_rows = select_rows(source, recipe.data["eval"])
+        eval_dataset = build(eval_rows, recipe.data, recipe.seed, with_variants=False)
     model, processor, peft_config = load_model(recipe, model_path, args, train_rows)
     trainer_class = CocoaContrastiveTrainer if is_contrastive else CocoaReconstructionTrainer
     trainer = trainer_class(
@@ -233,21 +241,43 @@ def require_columns(source: Dataset, names: list[str]) -> None:
         raise ValueError(f"The data has no column {missing}; it has {source.column_names}.")
 
 
-def column_texts(source: Dataset, value: str) -> list[str]:
-    """A column as texts, or a text with columns in braces, row by row; lists are joined with commas."""
+class Words(list):
+    """
+    A cell that holds several words, as a text shows it: `{column}` all of them, `{column:sample}` a random part.
+
+    Args:
+        words (`list[str]`).
+        generator (`np.random.Generator`): Draws a sample: how many words (one to all), which, their order.
+    """
+
+    def __init__(self, words: list[str], generator: np.random.Generator) -> None:
+        super().__init__(words)
+        self.generator = generator
+
+    def __format__(self, spec: str) -> str:
+        if spec not in ("", "sample"):
+            raise ValueError(f"A column of lists is written {{column}} or {{column:sample}}; got {{column:{spec}}}.")
+        if spec == "sample" and self:
+            size = self.generator.integers(1, len(self) + 1)
+            return ", ".join(self[index] for index in self.generator.permutation(len(self))[:size])
+        return ", ".join(self)
+
+
+def column_texts(source: Dataset, value: str, generator: np.random.Generator | None = None) -> list[str]:
+    """A column as texts, or a text with columns in braces, row by row; see [`Words`] for columns of lists."""
     if "{" not in value:
         value = f"{{{value}}}"
     names = [name for _, name, _, _ in string.Formatter().parse(value) if name]
     require_columns(source, names)
-    columns = {name: list(source[name]) for name in names}
-    joined = {
-        name: [", ".join(cell) if isinstance(cell, list) else str(cell) for cell in cells]
-        for name, cells in columns.items()
+    generator = generator if generator is not None else np.random.default_rng(0)
+    columns = {
+        name: [Words(cell, generator) if isinstance(cell, list) else str(cell) for cell in source[name]]
+        for name in names
     }
-    return [value.format(**{name: cells[row] for name, cells in joined.items()}) for row in range(len(source))]
+    return [value.format(**{name: cells[row] for name, cells in columns.items()}) for row in range(len(source))]
 
 
-def assemble(source: Dataset, columns: Mapping[str, str]) -> Dataset:
+def assemble(source: Dataset, columns: Mapping[str, str], generator: np.random.Generator | None = None) -> Dataset:
     """A dataset of the named columns: an existing non-text column as it is, anything else as texts."""
     parts = []
     for name, value in columns.items():
@@ -256,15 +286,45 @@ def assemble(source: Dataset, columns: Mapping[str, str]) -> Dataset:
             if isinstance(source.features[value], datasets.Image):
                 parts.append(source.select_columns([value]).rename_columns({value: name}))
                 continue
-        parts.append(Dataset.from_dict({name: column_texts(source, value)}))
+        parts.append(Dataset.from_dict({name: column_texts(source, value, generator)}))
     return concatenate_datasets(parts, axis=1)
 
 
-def reconstruction_data(source: Dataset, data: Mapping[str, Any]) -> Dataset:
-    """The rows of stages 1 and 2: one for each row of the data and entry of `reconstruction`."""
-    return concatenate_datasets([assemble(source, columns) for columns in data["reconstruction"]])
+def assemble_variants(
+    source: Dataset, entries: Mapping[str, Mapping[str, Any]], seed: int, with_variants: bool
+) -> dict[str, Dataset]:
+    """
+    The datasets of some entries by name, numbered (`name_2`, ...) where an entry has several variants.
+
+    Raises:
+        ValueError: `variants` is not a whole number of 1 or more.
+    """
+    made = {}
+    for number, (name, entry) in enumerate(entries.items()):
+        columns = dict(entry)
+        variants, augment = columns.pop("variants", 1), columns.pop("augment", False)
+        if not isinstance(variants, int) or variants < 1:
+            raise ValueError(f"data: variants must be a whole number of 1 or more; {name} has {variants!r}.")
+        for variant in range(variants if with_variants else 1):
+            generator = np.random.default_rng((seed, number, variant))
+            rows = assemble(source, columns, generator)
+            if augment and variant:
+                pictures = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+                rows = augment_pictures(rows, pictures, seed=int(generator.integers(2**31)))
+            made[f"{name}_{variant + 1}" if variant else name] = rows
+    return made
 
 
-def contrastive_data(source: Dataset, data: Mapping[str, Any]) -> DatasetDict:
-    """The datasets of stage 3, by name."""
-    return DatasetDict({name: assemble(source, columns) for name, columns in data["contrastive"].items()})
+def reconstruction_data(
+    source: Dataset, data: Mapping[str, Any], seed: int = 0, *, with_variants: bool = True
+) -> Dataset:
+    """The rows of stages 1 and 2: one for each row of the data, entry of `reconstruction` and variant."""
+    entries = {f"reconstruction[{number}]": entry for number, entry in enumerate(data["reconstruction"])}
+    return concatenate_datasets(list(assemble_variants(source, entries, seed, with_variants).values()))
+
+
+def contrastive_data(
+    source: Dataset, data: Mapping[str, Any], seed: int = 0, *, with_variants: bool = True
+) -> DatasetDict:
+    """The datasets of stage 3, by name: one for each entry of `contrastive` and variant."""
+    return DatasetDict(assemble_variants(source, data["contrastive"], seed, with_variants))

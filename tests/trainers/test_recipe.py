@@ -92,6 +92,43 @@ def test_texts_are_columns_or_made_of_columns(source):
         column_texts(source, "{caption}")
 
 
+def test_samples_of_words_are_drawn_anew_for_every_variant_and_the_same_in_every_run(source):
+    data = {
+        "reconstruction": [{"image": "noto", "text": "{name}: {keywords:sample}", "variants": 3}],
+        "contrastive": {"words": {"query": "{keywords:sample}", "positive": "noto", "variants": 4}},
+    }
+    pairs = contrastive_data(source, data, seed=1)
+    assert list(pairs) == ["words", "words_2", "words_3", "words_4"]
+    assert pairs["words_3"][5]["positive"].tobytes() == source[5]["noto"].tobytes()
+    for row, keywords in enumerate(source["keywords"]):
+        samples = [pairs[name][row]["query"].split(", ") for name in pairs]
+        assert all(len(set(sample)) == len(sample) and set(sample) <= set(keywords) for sample in samples)
+    queries = {name: list(part["query"]) for name, part in pairs.items()}
+    assert len(set(map(tuple, queries.values()))) == 4
+    assert {name: list(part["query"]) for name, part in contrastive_data(source, data, seed=1).items()} == queries
+    assert list(contrastive_data(source, data, seed=2)["words"]["query"]) != queries["words"]
+    rows = reconstruction_data(source, data)
+    assert len(rows) == 36 and rows[13]["text"].startswith(f"{source[1]['name']}: ")
+    assert rows[13]["image"].tobytes() == source[1]["noto"].tobytes()
+    assert list(contrastive_data(source, data, with_variants=False)) == ["words"]
+    with pytest.raises(ValueError, match="variants must be a whole number.*words has 0"):
+        contrastive_data(source, {"contrastive": {"words": {"query": "name", "positive": "noto", "variants": 0}}})
+    with pytest.raises(ValueError, match="{column:sample}; got {column:first}"):
+        column_texts(source, "{keywords:first}")
+
+
+def test_augmented_variants_change_pictures_and_nothing_else(source):
+    data = {"contrastive": {"pairs": {"query": "noto", "positive": "name", "variants": 3, "augment": True}}}
+    pairs = contrastive_data(source, data, seed=1)
+    pictures = [[row["query"].convert("RGB").tobytes() for row in part] for part in pairs.values()]
+    assert pictures[0] == [picture.convert("RGB").tobytes() for picture in source["noto"]]
+    assert all(len(set(versions)) == 3 for versions in zip(*pictures, strict=True))
+    assert all(list(part["positive"]) == list(source["name"]) for part in pairs.values())
+    assert all(row["query"].size == (64, 64) for row in pairs["pairs_3"])
+    again = contrastive_data(source, data, seed=1)["pairs_2"]
+    assert [row["query"].convert("RGB").tobytes() for row in again] == pictures[1]
+
+
 def test_datasets_keep_pictures_and_rows_together(source):
     data = {
         "reconstruction": [{"image": "noto", "text": "name"}, {"image": "twemoji"}],
