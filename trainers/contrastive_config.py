@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 from sentence_transformers import SentenceTransformerTrainingArguments
 
+from .base import DataOptions
+
 
 @dataclass
-class CocoaContrastiveConfig(SentenceTransformerTrainingArguments):
+class CocoaContrastiveConfig(DataOptions, SentenceTransformerTrainingArguments):
     r"""
     Arguments of [`CocoaContrastiveTrainer`]: those of
     [`~sentence_transformers.SentenceTransformerTrainingArguments`] and the ones below.
@@ -43,28 +45,10 @@ class CocoaContrastiveConfig(SentenceTransformerTrainingArguments):
     gather_across_devices: bool = field(
         default=False, metadata={"help": "Negatives from all devices, not only from a pair's own."}
     )
-    max_length: int | None = field(
-        default=1280, metadata={"help": "Longest input, in tokens; text is cut, images never."}
-    )
-    min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to this many pixels."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Larger images are reduced to this many pixels."})
-    check_data: bool = field(
-        default=True, metadata={"help": "Read every row once before the first step (with on_bad_sample='raise')."}
-    )
-    on_bad_sample: str = field(
-        default="raise",
-        metadata={
-            "help": "A row that cannot be read: 'raise' names it and stops; 'skip' leaves it out, counted in the log.",
-            "choices": ["raise", "skip"],
-        },
-    )
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0; got {self.temperature}.")
         if self.mini_batch_size is not None and self.mini_batch_size < 1:
             raise ValueError(f"mini_batch_size must be 1 or more; got {self.mini_batch_size}.")
-        choices = type(self).__dataclass_fields__["on_bad_sample"].metadata["choices"]
-        if self.on_bad_sample not in choices:
-            raise ValueError(f"on_bad_sample must be one of {choices}; got {self.on_bad_sample!r}.")
         super().__post_init__()

@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
 from torch import nn
-from transformers import ProgressCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
@@ -27,10 +27,9 @@ from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 from .adapters import add_adapter, has_adapter, load_checkpoint, merged, save_adapter
-from .checkpoints import last_checkpoint
+from .base import CocoaTrainerMixin
 from .contrastive_config import CocoaContrastiveConfig
 from .datasets import check_rows
-from .progress import LossProgressCallback
 
 
 @dataclass
@@ -70,7 +69,7 @@ class ContrastiveCollator(SentenceTransformerDataCollator):
         return True
 
 
-class CocoaContrastiveTrainer(SentenceTransformerTrainer):
+class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
     """
     Trainer of the contrastive stage: InfoNCE on EOS embeddings of queries and targets (CoCoA, arXiv 2603.01471).
 
@@ -106,14 +105,15 @@ class CocoaContrastiveTrainer(SentenceTransformerTrainer):
         args = args if args is not None else CocoaContrastiveConfig(output_dir="cocoa-contrastive")
         # Before adapters are drawn, so that the same seed is the same run.
         set_seed(args.seed)
-        sizes = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "max_length": args.max_length}
         if isinstance(model, CocoaModelMixin):
             if processing_class is None:
                 raise ValueError("Give `processing_class` (a CocoaProcessor) together with a backbone in memory.")
             model = SentenceTransformer(modules=[CocoaTransformer(model, processing_class)])
         elif not isinstance(model, SentenceTransformer):
             # In float32 whatever the checkpoint holds: small steps are lost in bfloat16 weights.
-            module = CocoaTransformer(model, processing_class, **sizes, model_kwargs={"dtype": torch.float32})
+            module = CocoaTransformer(
+                model, processing_class, **args.processor_options(), model_kwargs={"dtype": torch.float32}
+            )
             model = SentenceTransformer(modules=[module])
         if len(model) != 1 or not isinstance(model[0], CocoaTransformer):
             raise ValueError(
@@ -143,24 +143,10 @@ class CocoaContrastiveTrainer(SentenceTransformerTrainer):
                 for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
                     if part is not None:
                         check_rows(part, self.data_collator, name)
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(LossProgressCallback)
+        self.show_losses()
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: the card is written by `save_cocoa`, and the callback would read the datasets to no purpose."""
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """
-        Train; see [`~transformers.Trainer.train`].
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint folder, or `True` for the last complete
-                one in `output_dir` (from the beginning where there is none).
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the number of rows left out to a training log."""

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from accelerate.utils import gather_object
+from torch import Tensor
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 SHOWN = ("loss", "eval_loss", "learning_rate")
@@ -36,20 +37,31 @@ class LossProgressCallback(ProgressCallback):
 
 
 class RunningMeans:
-    """Means by name of what was added since the last time they were taken."""
+    """
+    Means by name of what was added since the last time they were taken, over all devices.
+
+    Tensors stay where they are until then, so that adding does not make the host wait for the device.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = defaultdict(float)
-        self._counts: dict[str, float] = defaultdict(float)
+        self._totals: dict[str, Tensor | float] = {}
+        self._counts: dict[str, Tensor | float] = {}
 
-    def add(self, name: str, total: float, count: float) -> None:
+    def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add `count` values that sum to `total`."""
-        self._sums[name] += float(total)
-        self._counts[name] += float(count)
+        self._totals[name] = self._totals.get(name, 0.0) + total
+        self._counts[name] = self._counts.get(name, 0.0) + count
 
     def take(self) -> dict[str, float]:
-        """The means so far; starts anew."""
-        means = {name: self._sums[name] / count for name, count in sorted(self._counts.items()) if count}
-        self._sums.clear()
-        self._counts.clear()
+        """The means so far, of all processes (each has to call this); starts anew."""
+        own = {name: (float(total), float(self._counts[name])) for name, total in self._totals.items()}
+        self._totals, self._counts = {}, {}
+        parts = gather_object([own])
+        means = {}
+        for name in sorted({name for part in parts for name in part}):
+            total, count = (
+                sum(values) for values in zip(*(part[name] for part in parts if name in part), strict=True)
+            )
+            if count:
+                means[name] = total / count
         return means

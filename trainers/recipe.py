@@ -180,7 +180,6 @@ def run_stage(
 
 def load_model(recipe: Recipe, model_path: str | None, args: Any, rows: Dataset) -> tuple[Any, Any, Any]:
     """The model a stage starts from, its processor (its tokenizer learned from the training rows), and adapters."""
-    sizes = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels, "max_length": args.max_length}
     if "from_scratch" in recipe.model:
         if model_path is not None:
             return model_path, None, None
@@ -204,7 +203,7 @@ def load_model(recipe: Recipe, model_path: str | None, args: Any, rows: Dataset)
         model = load_backbone(name, **options)
     else:
         model = CocoaForReconstruction.from_pretrained(name, **args.head_options(), **options)
-    return model, CocoaProcessor.from_pretrained(name, **sizes, **hub), get_peft_config(config)
+    return model, CocoaProcessor.from_pretrained(name, **args.processor_options(), **hub), get_peft_config(config)
 
 
 def read_source(recipe: Recipe, find_file: Callable[[str], str | os.PathLike]) -> Dataset:

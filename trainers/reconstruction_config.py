@@ -8,12 +8,13 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .base import DataOptions, check_choices
 from .collators import DIRECTIONS
 from .masking import check_ratio
 
 
 @dataclass
-class CocoaReconstructionConfig(TrainingArguments):
+class CocoaReconstructionConfig(DataOptions, TrainingArguments):
     r"""
     Arguments of [`CocoaReconstructionTrainer`]: those of [`~transformers.TrainingArguments`] and the ones below.
 
@@ -69,30 +70,11 @@ class CocoaReconstructionConfig(TrainingArguments):
     normalize_pixels: bool = field(
         default=True, metadata={"help": "Predict each patch at zero mean and unit variance (MAE), not raw values."}
     )
-    max_length: int | None = field(
-        default=1280, metadata={"help": "Longest source or target, in tokens; text is cut, images never."}
-    )
-    min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to this many pixels."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Larger images are reduced to this many pixels."})
-    check_data: bool = field(
-        default=True,
-        metadata={"help": "Read every row once before the first step (with on_bad_sample='raise')."},
-    )
-    on_bad_sample: str = field(
-        default="raise",
-        metadata={
-            "help": "A row that cannot be read: 'raise' names it and stops; 'skip' leaves it out, counted in the log.",
-            "choices": ["raise", "skip"],
-        },
-    )
 
     def __post_init__(self) -> None:
         for name in ("text_mask_ratio", "image_mask_ratio", "source_mask_ratio", "target_mask_ratio"):
             check_ratio(name, getattr(self, name))
-        for name in ("stage", "bridge", "image_mask_fill", "on_bad_sample"):
-            choices = type(self).__dataclass_fields__[name].metadata["choices"]
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}; got {getattr(self, name)!r}.")
+        check_choices(self, "stage", "bridge", "image_mask_fill")
         if self.image_loss_weight < 0:
             raise ValueError(f"image_loss_weight must be 0 or more; got {self.image_loss_weight}.")
         # Rows reach the collator through a dataset of ours, so there is no unused column to remove.

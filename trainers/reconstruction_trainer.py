@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from safetensors.torch import load_file
 from torch import nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
@@ -19,14 +19,15 @@ from modeling_cocoa.reconstruction import HEADS_FILE, CocoaForReconstruction, at
 from modeling_cocoa.saving import save_cocoa
 
 from .adapters import add_adapter, load_checkpoint, merged, save_adapter
-from .checkpoints import last_checkpoint
+from .base import CocoaTrainerMixin
 from .collators import ReconstructionCollator
 from .datasets import EpochSampler, ReconstructionDataset, check_rows
-from .progress import LossProgressCallback, RunningMeans
+from .masking import IGNORE_INDEX
+from .progress import RunningMeans
 from .reconstruction_config import CocoaReconstructionConfig
 
 
-class CocoaReconstructionTrainer(Trainer):
+class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
     """
     Trainer of the warm-up and of the EOS-bridged stage (CoCoA, arXiv 2603.01471).
 
@@ -65,9 +66,7 @@ class CocoaReconstructionTrainer(Trainer):
             name = model
             model = CocoaForReconstruction.from_pretrained(name, dtype=torch.float32, **args.head_options())
             if processing_class is None:
-                processing_class = CocoaProcessor.from_pretrained(
-                    name, min_pixels=args.min_pixels, max_pixels=args.max_pixels, max_length=args.max_length
-                )
+                processing_class = CocoaProcessor.from_pretrained(name, **args.processor_options())
         elif isinstance(model, CocoaModelMixin):
             model = CocoaForReconstruction(model, **args.head_options())
         if processing_class is None:
@@ -107,25 +106,11 @@ class CocoaReconstructionTrainer(Trainer):
             optimizers=optimizers,
         )
         self.label_names = ["labels"]
-        if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
-            self.add_callback(LossProgressCallback)
+        self.show_losses()
 
     def _get_train_sampler(self, train_dataset: torch.utils.data.Dataset | None = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         return EpochSampler(len(dataset), self.args.seed, epoch=lambda: int(self.state.epoch or 0))
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """
-        Train; see [`~transformers.Trainer.train`].
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint folder, or `True` for the last complete
-                one in `output_dir` (from the beginning where there is none).
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -136,13 +121,14 @@ class CocoaReconstructionTrainer(Trainer):
         skipped, directions = inputs.pop("num_skipped", 0), inputs.pop("directions")
         output = model(**inputs)
         for name, loss in output.losses.items():
-            means.add(f"loss_{name}", float(loss.detach()), 1)
+            means.add(f"loss_{name}", loss.detach(), 1)
         if output.token_losses is not None:
-            rows = (inputs["labels"] != -100).nonzero()[:, 0].tolist()
-            losses, correct = output.token_losses.detach().cpu().tolist(), output.token_correct.cpu().tolist()
-            for row, loss, right in zip(rows, losses, correct, strict=True):
-                means.add(f"text_{directions[row]}", loss, 1)
-                means.add("token_accuracy", right, 1)
+            losses, correct = output.token_losses.detach(), output.token_correct
+            means.add("token_accuracy", correct.sum(), len(correct))
+            rows = (inputs["labels"] != IGNORE_INDEX).nonzero()[:, 0]
+            for direction in sorted(set(directions)):
+                of_direction = torch.tensor([name == direction for name in directions], device=rows.device)[rows]
+                means.add(f"text_{direction}", (losses * of_direction).sum(), of_direction.sum())
         if self.args.on_bad_sample == "skip":
             means.add("skipped_rows", skipped, 1)
         return (output.loss, {}) if return_outputs else output.loss

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the trainers of all stages have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import ProgressCallback
+
+from .checkpoints import last_checkpoint
+from .progress import LossProgressCallback
+
+
+@dataclass
+class DataOptions:
+    """How rows become inputs, and what happens to those that cannot; a part of both configurations."""
+
+    max_length: int | None = field(
+        default=1280,
+        metadata={"help": "Longest input (in the bridge: source or target), in tokens; images are never cut."},
+    )
+    min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to this many pixels."})
+    max_pixels: int | None = field(default=None, metadata={"help": "Larger images are reduced to this many pixels."})
+    check_data: bool = field(
+        default=True, metadata={"help": "Read every row once before the first step (with on_bad_sample='raise')."}
+    )
+    on_bad_sample: str = field(
+        default="raise",
+        metadata={
+            "help": "A row that cannot be read: 'raise' names it and stops; 'skip' leaves it out, counted in the log.",
+            "choices": ["raise", "skip"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self, "on_bad_sample")
+        super().__post_init__()
+
+    def processor_options(self) -> dict[str, int | None]:
+        """Arguments of [`CocoaProcessor.from_pretrained`]."""
+        return {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, "max_length": self.max_length}
+
+
+def check_choices(options: Any, *names: str) -> None:
+    """Raise `ValueError` where a dataclass field is none of the choices in its metadata."""
+    for name in names:
+        choices = type(options).__dataclass_fields__[name].metadata["choices"]
+        if getattr(options, name) not in choices:
+            raise ValueError(f"{name} must be one of {choices}; got {getattr(options, name)!r}.")
+
+
+class CocoaTrainerMixin:
+    """In front of a [`~transformers.Trainer`]: resuming from the last complete checkpoint, and losses in the bar."""
+
+    def show_losses(self) -> None:
+        """Have the progress bar show the latest losses by name."""
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LossProgressCallback)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """
+        Train; see [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint folder, or `True` for the last complete
+                one in `output_dir` (from the beginning where there is none).
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
