@@ -6,9 +6,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from transformers import PretrainedConfig
-
-from .modeling_cocoa import CocoaModelMixin
+from .modeling_cocoa import CocoaModelMixin, read_model_type
 from .modeling_cocoa_qwen2_5_vl import CocoaQwen2_5_VLModel
 from .modeling_cocoa_qwen2_vl import CocoaQwen2VLModel
 
@@ -17,9 +15,6 @@ BACKBONES: dict[str, type[CocoaModelMixin]] = {
     "qwen2_5_vl": CocoaQwen2_5_VLModel,
 }
 """The backbone class of each `model_type`."""
-
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-"""Arguments of `from_pretrained` that say where the files are."""
 
 
 def load_backbone(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> CocoaModelMixin:
@@ -32,9 +27,9 @@ def load_backbone(pretrained_model_name_or_path: str | os.PathLike, **kwargs: An
 
     Raises:
         ValueError: the checkpoint is of another kind of model.
+        FileNotFoundError: there is no such folder.
     """
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    model_type = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0].get("model_type")
+    model_type = read_model_type(pretrained_model_name_or_path, **kwargs)
     if model_type not in BACKBONES:
         raise ValueError(
             f"{pretrained_model_name_or_path} is a checkpoint of model type {model_type!r}; CoCoA takes "

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file
 
 from .attention import EOS, PADDING, SOURCE, TARGET, attention_mask_for
-from .auto import HUB_ARGUMENTS, load_backbone
+from .auto import load_backbone
 from .losses import masked_token_loss, normalize_patches
+from .modeling_cocoa import HUB_ARGUMENTS
 
 HEADS_FILE = "reconstruction.safetensors"
 """File beside the weights of a pre-training checkpoint that holds the heads."""

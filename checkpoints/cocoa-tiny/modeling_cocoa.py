@@ -31,6 +31,10 @@ KEY_MAPPING = {
 """From every layout that Qwen2-VL weights are published in to the base model's own names."""
 
 
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+"""Arguments of `from_pretrained` that say where the files are."""
+
+
 def check_transformers_version(version: str = transformers.__version__) -> None:
     """Raise `ImportError` where transformers is older than the oldest version CoCoA works with."""
     found = tuple(int(part) for part in version.split(".")[:2])
@@ -102,12 +106,7 @@ class CocoaModelMixin:
             raise ValueError(f"{cls.__name__} maps weight names itself; drop `key_mapping`.")
         return_info = kwargs.pop("output_loading_info", False)
         config = kwargs.get("config")
-        if config is None:
-            hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            hub = {name: kwargs[name] for name in hub_names if name in kwargs}
-            found = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)[0].get("model_type")
-        else:
-            found = config.model_type
+        found = config.model_type if config is not None else read_model_type(pretrained_model_name_or_path, **kwargs)
         if found != cls.config_class.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} is a checkpoint of model type {found!r}; {cls.__name__} takes "
@@ -226,6 +225,24 @@ class CocoaModelMixin:
         )
         hidden = outputs.last_hidden_state
         return CocoaModelOutput(last_hidden_state=hidden, pooler_output=self.pooler(hidden, attention_mask, input_ids))
+
+
+def read_model_type(name_or_path: str | os.PathLike, **kwargs: Any) -> str | None:
+    """
+    The `model_type` of a checkpoint's configuration.
+
+    Args:
+        name_or_path: Folder or Hub name.
+        kwargs: Those of [`HUB_ARGUMENTS`] that are among them say where the files are.
+
+    Raises:
+        FileNotFoundError: an absolute path, or one that begins with a dot, is no folder.
+    """
+    path = os.fspath(name_or_path)
+    if (os.path.isabs(path) or path.startswith((".", "~"))) and not os.path.isdir(path):
+        raise FileNotFoundError(f"There is no checkpoint folder {path}.")
+    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    return PretrainedConfig.get_config_dict(path, **hub)[0].get("model_type")
 
 
 def stock_class(cls: type) -> type:

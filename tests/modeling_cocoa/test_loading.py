@@ -111,6 +111,13 @@ def test_load_backbone_picks_the_class(tmp_path, model_type, backbone):
     assert type(load_backbone(tmp_path)) is CLASSES[model_type][1]
 
 
+@pytest.mark.parametrize("folder", ["/no/such/folder", "./no-such-folder"])
+def test_a_missing_folder_is_not_taken_for_a_hub_name(folder, model_type):
+    for load in (load_backbone, CLASSES[model_type][1].from_pretrained):
+        with pytest.raises(FileNotFoundError, match=f"no checkpoint folder {folder}"):
+            load(folder)
+
+
 def test_an_older_transformers_is_named():
     with pytest.raises(ImportError, match=r"5\.2 or newer, found 5\.1\.0"):
         check_transformers_version("5.1.0")

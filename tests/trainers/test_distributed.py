@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes train what one process with twice the batch does, and log the means of both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import json, os, sys
+from datasets import Dataset
+from modeling_cocoa.auto import load_backbone
+from modeling_cocoa.processing_cocoa import CocoaProcessor
+from trainers import (
+    CocoaContrastiveConfig, CocoaContrastiveTrainer, CocoaReconstructionConfig, CocoaReconstructionTrainer
+)
+
+kind, model, folder, batch_size = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+rows = Dataset.from_parquet(os.path.join(model, "rows.parquet"))
+options = dict(
+    output_dir=folder, max_steps=2, per_device_train_batch_size=batch_size, learning_rate=1.0, optim="sgd",
+    max_grad_norm=1e9, lr_scheduler_type="constant", warmup_steps=0, logging_steps=1, save_strategy="no",
+    report_to="none", use_cpu=True, disable_tqdm=True, check_data=False, dataloader_drop_last=True,
+)
+if kind == "contrastive":
+    args = CocoaContrastiveConfig(gather_across_devices=True, symmetric=True, temperature=0.1, **options)
+    data = rows.rename_columns({"text": "query", "image": "positive"}).select_columns(["query", "positive"])
+    trainer = CocoaContrastiveTrainer(model, args, train_dataset=data)
+else:
+    # A row's direction and masks follow from its seed; one direction, so that every process has each loss.
+    args = CocoaReconstructionConfig(stage="bridge", direction_weights={"image_to_text": 1.0}, **options)
+    trainer = CocoaReconstructionTrainer(model, args, train_dataset=rows)
+trainer.train()
+trainer.save_model(os.path.join(folder, "final"))
+if trainer.is_world_process_zero():
+    with open(os.path.join(folder, "log.json"), "w") as file:
+        json.dump(trainer.state.log_history, file)
+"""
+
+
+@pytest.fixture
+def start(tmp_path, model, processor, emoji):
+    from modeling_cocoa.saving import save_cocoa
+
+    save_cocoa(model, processor, tmp_path / "start")
+    emoji.select_columns(["image", "text"]).to_parquet(str(tmp_path / "start" / "rows.parquet"))
+    return tmp_path / "start"
+
+
+def train(kind, start, folder, processes, batch_size):
+    script = folder.parent / "train.py"
+    script.write_text(SCRIPT)
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher, str(script), kind, str(start), str(folder), str(batch_size)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    logs = json.loads((folder / "log.json").read_text())
+    return load_file(folder / "final" / "model.safetensors"), [entry for entry in logs if "loss" in entry]
+
+
+def test_negatives_are_gathered_with_their_gradients(tmp_path, start):
+    one, one_logs = train("contrastive", start, tmp_path / "one", 1, 8)
+    two, two_logs = train("contrastive", start, tmp_path / "two", 2, 4)
+    before = load_file(start / "model.safetensors")
+    for name, value in one.items():
+        step = (value - before[name]).norm()
+        assert (two[name] - value).norm() <= 1e-3 * step + 1e-6, name
+    assert any(not torch.equal(value, before[name]) for name, value in one.items())
+    assert [entry["loss"] for entry in two_logs] == pytest.approx([entry["loss"] for entry in one_logs], rel=1e-4)
+
+
+def test_reconstruction_logs_the_means_of_all_processes(tmp_path, start):
+    _, one = train("reconstruction", start, tmp_path / "one", 1, 8)
+    _, two = train("reconstruction", start, tmp_path / "two", 2, 4)
+    # Before the first step the weights are the same, and so is the share of tokens predicted right over all rows.
+    assert two[0]["token_accuracy"] == pytest.approx(one[0]["token_accuracy"], abs=1e-6)
+    assert two[0]["text_image_to_text"] == pytest.approx(one[0]["text_image_to_text"], rel=1e-4)
