@@ -155,6 +155,8 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:  # transformers calls this in every process
+            return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         module = self.model[0]
         model = self.model

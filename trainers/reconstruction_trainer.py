@@ -156,6 +156,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:  # transformers calls this in every process
+            return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         save_cocoa(merged(self.model.model), self.processing_class, output_dir)
         self.model.save_heads(output_dir)

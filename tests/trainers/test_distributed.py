@@ -65,7 +65,7 @@ def train(kind, start, folder, processes, batch_size):
     command = [sys.executable, *launcher, str(script), kind, str(start), str(folder), str(batch_size)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-8000:]
     logs = json.loads((folder / "log.json").read_text())
     return load_file(folder / "final" / "model.safetensors"), [entry for entry in logs if "loss" in entry]
 
