@@ -25,7 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, Model
 from .attention import EOS, PADDING, SOURCE, TARGET, attention_mask_for
 from .auto import load_backbone
 from .losses import masked_token_loss, normalize_patches
-from .modeling_cocoa import HUB_ARGUMENTS
+from .modeling_cocoa import hub_arguments
 
 HEADS_FILE = "reconstruction.safetensors"
 """File beside the weights of a pre-training checkpoint that holds the heads."""
@@ -68,7 +68,7 @@ def read_lm_head(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     Returns:
         `Tensor` of shape `(vocabulary, hidden)`, or `None` where the checkpoint has none.
     """
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+    hub = hub_arguments(kwargs)
 
     def find(name: str) -> str | None:
         try:

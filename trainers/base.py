@@ -18,7 +18,7 @@ class DataOptions:
 
     max_length: int | None = field(
         default=1280,
-        metadata={"help": "Longest input (in the bridge: source or target), in tokens; images are never cut."},
+        metadata={"help": "Longest input (in the bridge: source or target), in tokens; text is cut, images never."},
     )
     min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to this many pixels."})
     max_pixels: int | None = field(default=None, metadata={"help": "Larger images are reduced to this many pixels."})
@@ -51,7 +51,10 @@ def check_choices(options: Any, *names: str) -> None:
 
 
 class CocoaTrainerMixin:
-    """In front of a [`~transformers.Trainer`]: resuming from the last complete checkpoint, and losses in the bar."""
+    """
+    In front of a [`~transformers.Trainer`]: resuming from the last complete checkpoint, losses in the bar, and folders
+    that [`save_cocoa`] writes. A trainer defines `write_model(folder)` and `_load_from_checkpoint`.
+    """
 
     def show_losses(self) -> None:
         """Have the progress bar show the latest losses by name."""
@@ -70,3 +73,11 @@ class CocoaTrainerMixin:
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:  # transformers calls this in every process
+            self.write_model(output_dir if output_dir is not None else self.args.output_dir)
+
+    def _load_best_model(self) -> None:
+        # sentence-transformers only logs a failure here, and the last weights would pass for the best.
+        self._load_from_checkpoint(self.state.best_model_checkpoint)

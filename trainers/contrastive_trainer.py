@@ -154,10 +154,8 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             logs["skipped_rows"] = self.data_collator.skipped
         super().log(logs, *args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.args.should_save:  # transformers calls this in every process
-            return
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
+    def write_model(self, folder: str) -> None:
+        """Write the folder that both doors load; adapters are folded in, and kept beside it for resuming."""
         module = self.model[0]
         model = self.model
         if has_adapter(module.model):
@@ -168,15 +166,11 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
                 truncate_dim=model.truncate_dim,
                 similarity_fn_name=model.similarity_fn_name,
             )
-        save_cocoa(model, None, output_dir)
-        save_adapter(module.model, output_dir)
+        save_cocoa(model, None, folder)
+        save_adapter(module.model, folder)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
         load_checkpoint(self.model[0].model, checkpoint_path)
-
-    def _load_best_model(self) -> None:
-        # sentence-transformers only logs a failure here, and the last weights would pass for the best.
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -> nn.Module:

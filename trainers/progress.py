@@ -44,24 +44,21 @@ class RunningMeans:
     """
 
     def __init__(self) -> None:
-        self._totals: dict[str, Tensor | float] = {}
-        self._counts: dict[str, Tensor | float] = {}
+        self._sums: dict[str, tuple[Tensor | float, Tensor | float]] = {}
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add `count` values that sum to `total`."""
-        self._totals[name] = self._totals.get(name, 0.0) + total
-        self._counts[name] = self._counts.get(name, 0.0) + count
+        totals, counts = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (totals + total, counts + count)
 
     def take(self) -> dict[str, float]:
         """The means so far, of all processes (each has to call this); starts anew."""
-        own = {name: (float(total), float(self._counts[name])) for name, total in self._totals.items()}
-        self._totals, self._counts = {}, {}
+        own = {name: (float(total), float(count)) for name, (total, count) in self._sums.items()}
+        self._sums = {}
         parts = gather_object([own])
         means = {}
         for name in sorted({name for part in parts for name in part}):
-            total, count = (
-                sum(values) for values in zip(*(part[name] for part in parts if name in part), strict=True)
-            )
-            if count:
-                means[name] = total / count
+            pairs = [part[name] for part in parts if name in part]
+            if count := sum(pair[1] for pair in pairs):
+                means[name] = sum(pair[0] for pair in pairs) / count
         return means

@@ -296,7 +296,7 @@ def assemble_variants(
     The datasets of some entries by name, numbered (`name_2`, ...) where an entry has several variants.
 
     Raises:
-        ValueError: `variants` is not a whole number of 1 or more.
+        ValueError: `variants` is not a whole number of 1 or more, or `augment` has no variants to change.
     """
     made = {}
     for number, (name, entry) in enumerate(entries.items()):
@@ -304,6 +304,8 @@ def assemble_variants(
         variants, augment = columns.pop("variants", 1), columns.pop("augment", False)
         if not isinstance(variants, int) or variants < 1:
             raise ValueError(f"data: variants must be a whole number of 1 or more; {name} has {variants!r}.")
+        if augment and variants == 1:
+            raise ValueError(f"data: augment leaves the first variant as it is; give {name} variants of 2 or more.")
         for variant in range(variants if with_variants else 1):
             generator = np.random.default_rng((seed, number, variant))
             rows = assemble(source, columns, generator)

@@ -155,18 +155,13 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             logs.update(self._means["train"].take())
         super().log(logs, *args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.args.should_save:  # transformers calls this in every process
-            return
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        save_cocoa(merged(self.model.model), self.processing_class, output_dir)
-        self.model.save_heads(output_dir)
-        save_adapter(self.model.model, output_dir)
+    def write_model(self, folder: str) -> None:
+        """Write the folder that both doors load; adapters are folded in, and kept beside it for resuming."""
+        save_cocoa(merged(self.model.model), self.processing_class, folder)
+        self.model.save_heads(folder)
+        save_adapter(self.model.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         own = model if model is not None else self.model
         own.load_heads(load_file(os.path.join(resume_from_checkpoint, HEADS_FILE)))
         load_checkpoint(own.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)

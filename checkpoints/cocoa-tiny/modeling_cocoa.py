@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ KEY_MAPPING = {
     r"^(?:model\.)?(?:language_model\.)?(?:model\.)?norm\.": "language_model.norm.",
 }
 """From every layout that Qwen2-VL weights are published in to the base model's own names."""
-
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 """Arguments of `from_pretrained` that say where the files are."""
@@ -236,13 +236,17 @@ def read_model_type(name_or_path: str | os.PathLike, **kwargs: Any) -> str | Non
         kwargs: Those of [`HUB_ARGUMENTS`] that are among them say where the files are.
 
     Raises:
-        FileNotFoundError: an absolute path, or one that begins with a dot, is no folder.
+        FileNotFoundError: an absolute path, or one that begins with a dot or a tilde, is no folder.
     """
     path = os.fspath(name_or_path)
     if (os.path.isabs(path) or path.startswith((".", "~"))) and not os.path.isdir(path):
         raise FileNotFoundError(f"There is no checkpoint folder {path}.")
-    hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-    return PretrainedConfig.get_config_dict(path, **hub)[0].get("model_type")
+    return PretrainedConfig.get_config_dict(path, **hub_arguments(kwargs))[0].get("model_type")
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that say where the files are."""
+    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
 
 def stock_class(cls: type) -> type:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modeling_cocoa.saving import save_cocoa
+
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import json, os, sys
 from datasets import Dataset
-from modeling_cocoa.auto import load_backbone
-from modeling_cocoa.processing_cocoa import CocoaProcessor
 from trainers import (
     CocoaContrastiveConfig, CocoaContrastiveTrainer, CocoaReconstructionConfig, CocoaReconstructionTrainer
 )
@@ -49,8 +49,6 @@ if trainer.is_world_process_zero():
 
 @pytest.fixture
 def start(tmp_path, model, processor, emoji):
-    from modeling_cocoa.saving import save_cocoa
-
     save_cocoa(model, processor, tmp_path / "start")
     emoji.select_columns(["image", "text"]).to_parquet(str(tmp_path / "start" / "rows.parquet"))
     return tmp_path / "start"

@@ -125,6 +125,10 @@ def test_augmented_variants_change_pictures_and_nothing_else(source):
     assert all(len(set(versions)) == 3 for versions in zip(*pictures, strict=True))
     assert all(list(part["positive"]) == list(source["name"]) for part in pairs.values())
     assert all(row["query"].size == (64, 64) for row in pairs["pairs_3"])
+    del data["contrastive"]["pairs"]["variants"]
+    with pytest.raises(ValueError, match="augment leaves the first variant.*pairs"):
+        contrastive_data(source, data)
+    data["contrastive"]["pairs"]["variants"] = 3
     again = contrastive_data(source, data, seed=1)["pairs_2"]
     assert [row["query"].convert("RGB").tobytes() for row in again] == pictures[1]
 
