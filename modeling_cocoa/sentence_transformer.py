@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .auto import load_backbone
+from .inputs import CocoaInputError
 from .modeling_cocoa import CocoaModelMixin
 from .processing_cocoa import CocoaProcessor
 
@@ -119,7 +120,8 @@ class CocoaTransformer(InputModule):
             `dict`: What [`CocoaProcessor`] gives, but `second_per_grid_ts` of shape `(batch, videos of a sample)`.
 
         Raises:
-            CocoaInputError: an input cannot be encoded; names its position.
+            CocoaInputError: an input cannot be encoded; names its position among these inputs, which are a batch of
+                those given to `encode`.
             ValueError: `processing_kwargs`, which change what inputs mean in one call, were passed.
         """
         if kwargs.get("processing_kwargs"):
@@ -129,7 +131,11 @@ class CocoaTransformer(InputModule):
             )
         if not inputs:
             return {}
-        features = dict(self.processor(inputs, prompt=prompt, max_length=kwargs.get("max_length")))
+        try:
+            features = dict(self.processor(inputs, prompt=prompt, max_length=kwargs.get("max_length")))
+        except CocoaInputError as error:
+            counted = "Counted within its batch; sentence-transformers' encode sorts inputs by length."
+            raise CocoaInputError(f"{error.reason} ({counted})", error.position) from error
         if "second_per_grid_ts" in features:
             # By sample, because the cached losses of sentence-transformers cut it as if it were.
             seconds = features["second_per_grid_ts"].split(features["num_videos_per_sample"].tolist())

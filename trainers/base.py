@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
 from .checkpoints import last_checkpoint
 from .progress import LossProgressCallback
@@ -50,6 +53,13 @@ def check_choices(options: Any, *names: str) -> None:
             raise ValueError(f"{name} must be one of {choices}; got {getattr(options, name)!r}.")
 
 
+def is_complete(state: TrainerState, args: TrainingArguments) -> bool:
+    """Whether a run with these arguments has nothing left to do in this state."""
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return state.epoch is not None and state.epoch >= args.num_train_epochs
+
+
 class CocoaTrainerMixin:
     """
     In front of a [`~transformers.Trainer`]: resuming from the last complete checkpoint, losses in the bar, and folders
@@ -68,10 +78,19 @@ class CocoaTrainerMixin:
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint folder, or `True` for the last complete
-                one in `output_dir` (from the beginning where there is none).
+                one in `output_dir` (from the beginning where there is none). Where that is the end of the run, its
+                weights are loaded and no step is made.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            if is_complete(state, self.args):
+                # transformers would make one more step, wherever the last one was not the end of an epoch.
+                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                self._load_from_checkpoint(best or resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -144,6 +144,16 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, model, processo
         assert torch.equal(second.model.state_dict()[name], value), name
 
 
+def test_a_run_that_had_ended_makes_no_further_step(tmp_path, model, processor, pairs):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    whole = trainer_of(copy.deepcopy(model), processor, pairs, tmp_path, **options)
+    whole.train()
+    again = trainer_of(copy.deepcopy(model), processor, pairs, tmp_path, **options)
+    assert again.train(resume_from_checkpoint=True).global_step == 3
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+
 def test_a_saved_model_gives_the_trained_vectors_through_the_stock_door(tmp_path, model, processor, pairs):
     trainer = trainer_of(model, processor, pairs, tmp_path / "run")
     trainer.train()

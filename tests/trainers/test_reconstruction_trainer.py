@@ -138,6 +138,21 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path, model, processo
         assert torch.equal(second.model.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 0.6}])
+def test_a_run_that_had_ended_makes_no_further_step(tmp_path, model, processor, emoji, length):
+    """In the middle of an epoch, and with a learning rate that would show in the weights."""
+    options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant", **length}
+    whole = trainer_of(copy.deepcopy(model), processor, emoji, tmp_path, **options)
+    whole.train()
+    assert whole.state.global_step == 3
+    again = trainer_of(copy.deepcopy(model), processor, emoji, tmp_path, **options)
+    assert again.train(resume_from_checkpoint=True).global_step == 3
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+    longer = trainer_of(copy.deepcopy(model), processor, emoji, tmp_path, **{**options, "max_steps": 5})
+    assert longer.train(resume_from_checkpoint=True).global_step == 5
+
+
 def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path, model, processor, emoji):
     def weights(seed):
         trainer = trainer_of(copy.deepcopy(model), processor, emoji, tmp_path, seed=seed, max_steps=2)
