@@ -40,19 +40,22 @@ class CocoaInputError(ValueError):
     Args:
         message (`str`): What is wrong, and the mend.
         position (`int`, *optional*): Index of the item in the list that was passed; named in front of the message.
+        counted (`str`, defaults to `""`): What the position counts, where that is not the caller's own list.
 
     Attributes:
         reason (`str`): The message without the position.
         position (`int` or `None`)
+        counted (`str`)
     """
 
-    def __init__(self, message: str, position: int | None = None) -> None:
-        super().__init__(message if position is None else f"Item {position}: {message}")
+    def __init__(self, message: str, position: int | None = None, counted: str = "") -> None:
+        super().__init__(message if position is None else f"Item {position}{counted}: {message}")
         self.reason = message
         self.position = position
+        self.counted = counted
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.reason, self.position)
+        return type(self), (self.reason, self.position, self.counted)
 
 
 @dataclass

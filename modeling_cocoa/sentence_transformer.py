@@ -134,8 +134,8 @@ class CocoaTransformer(InputModule):
         try:
             features = dict(self.processor(inputs, prompt=prompt, max_length=kwargs.get("max_length")))
         except CocoaInputError as error:
-            counted = "Counted within its batch; sentence-transformers' encode sorts inputs by length."
-            raise CocoaInputError(f"{error.reason} ({counted})", error.position) from error
+            counted = " within its batch (encode of sentence-transformers sorts inputs by length)"
+            raise CocoaInputError(error.reason, error.position, counted) from error
         if "second_per_grid_ts" in features:
             # By sample, because the cached losses of sentence-transformers cut it as if it were.
             seconds = features["second_per_grid_ts"].split(features["num_videos_per_sample"].tolist())

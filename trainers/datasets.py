@@ -80,7 +80,13 @@ def check_rows(dataset: torch.utils.data.Dataset, collate: Callable[[list[Any]],
     Args:
         dataset: Rows.
         collate: What the trainer will do with a row; raises where it cannot.
-        name (`str`): Of the dataset, for the progress bar.
+        name (`str`): Of the dataset, for the progress bar and the error.
+
+    Raises:
+        ValueError: a row cannot be read; names it.
     """
     for index in tqdm(range(len(dataset)), desc=f"Checking {name} rows", unit="row", leave=False):
-        collate([dataset[index]])
+        try:
+            collate([dataset[index]])
+        except ValueError as error:
+            raise ValueError(f"Row {index} of the {name} data: {error}") from error

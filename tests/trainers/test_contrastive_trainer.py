@@ -219,7 +219,7 @@ def test_wrong_columns_are_named(tmp_path, model, processor, columns):
 def test_bad_rows_stop_before_the_first_step_or_are_skipped_and_counted(tmp_path, model, processor):
     picture = Image.new("RGB", (64, 64), "red")
     dataset = Dataset.from_dict({"query": ["red", " ", "again"], "positive": [picture] * 3})
-    with pytest.raises(ValueError, match="cannot be read.*empty.*on_bad_sample"):
+    with pytest.raises(ValueError, match="Row 1 of the training data: .*cannot be read.*empty.*on_bad_sample"):
         trainer_of(model, processor, dataset, tmp_path, check_data=True)
     trainer = trainer_of(
         model, processor, dataset, tmp_path, on_bad_sample="skip", per_device_train_batch_size=3, logging_steps=1
