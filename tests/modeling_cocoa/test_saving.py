@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from transformers import AutoModel, Qwen2_5_VLProcessor
@@ -447,7 +447,7 @@ def test_a_model_that_the_folder_cannot_hold_is_refused(cocoa, folder, processor
         with pytest.raises(ValueError, match="another one once saved"):
             save_cocoa(SentenceTransformer(modules=modules, device="cpu"), None, tmp_path / "x")
     model = SentenceTransformer(modules=[ours], device="cpu")
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), ours.model)
     for holder in (model, ours.model):
         with pytest.raises(ValueError, match="adapters.*merged"):
             save_cocoa(holder, processor, tmp_path / "x")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import _create_minibatch
 from transformers import Qwen2VLForConditionalGeneration
@@ -163,7 +163,7 @@ def test_the_timing_of_a_video_reaches_its_own_sample(processor, image):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_adapters_and_gradient_checkpointing_train(model, image, checkpointing):
-    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), model[0].model)
     if checkpointing:
         model.gradient_checkpointing_enable()
         assert model[0].model.language_model.gradient_checkpointing

@@ -44,6 +44,7 @@ trainer.save_model(os.path.join(folder, "final"))
 if trainer.is_world_process_zero():
     with open(os.path.join(folder, "log.json"), "w") as file:
         json.dump(trainer.state.log_history, file)
+trainer.accelerator.end_training()  # a process that ends while another still talks to it may crash
 """
 
 
