@@ -10,7 +10,7 @@ TEMPLATE = r"""
 {%- set control_tokens = CONTROL_TOKENS -%}
 {%- macro plain(text) -%}
     {%- set escaped = namespace(text=text) -%}
-    {%- for token in control_tokens -%}
+    {%- for token in control_tokens if token in text -%}
         {%- set escaped.text = escaped.text | replace(token, token[0] ~ ' ' ~ token[1:]) -%}
     {%- endfor -%}
     {{- escaped.text -}}

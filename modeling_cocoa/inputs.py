@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,36 @@ class Conversation:
     videos: list[np.ndarray] = field(default_factory=list)
     video_metadata: list[VideoMetadata] = field(default_factory=list)
 
+    @cached_property
+    def image_digests(self) -> list[bytes]:
+        """Of each image, 32 bytes: the same for images that are the same pixel by pixel."""
+        return [digest_image(image) for image in self.images]
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes: the same for conversations that are the same in every word, pixel and frame."""
+        summary = hashlib.sha256(json.dumps(self.messages).encode())
+        for image in self.image_digests:
+            summary.update(image)
+        for video, metadata in zip(self.videos, self.video_metadata, strict=True):
+            summary.update(f"{video.shape}{metadata}".encode())
+            summary.update(np.ascontiguousarray(video))
+        return summary.digest()
+
+    def pixels(self, largest: int) -> int:
+        """Pixels of all images and frames; of an image, at most the `largest` number to which it is scaled."""
+        images = sum(min(image.width * image.height, largest) for image in self.images)
+        return images + sum(video[..., 0].size for video in self.videos)
+
+
+def digest_image(image: Image.Image) -> bytes:
+    """Of everything that decides what an image's pixels look like."""
+    palette = image.getpalette() if image.mode in ("P", "PA") else None
+    look = (image.mode, image.size, palette, image.info.get("transparency"))
+    summary = hashlib.sha256(repr(look).encode())
+    summary.update(image.tobytes())
+    return summary.digest()
+
 
 def read_input(item: Any, video_processor: Any) -> Conversation:
     """
@@ -83,12 +115,14 @@ def read_input(item: Any, video_processor: Any) -> Conversation:
 
     Args:
         item: A text, an image (PIL, path or array), a dict with any of `text`, `image`, `images` and `video`, one
-            message or a list of messages. Keys that are None count as absent.
+            message or a list of messages; or what this function gave. Keys that are None count as absent.
         video_processor: Stock video processor, whose frame sampling is used on video files.
 
     Raises:
         CocoaInputError: the item cannot be encoded; without a position.
     """
+    if isinstance(item, Conversation):
+        return item
     reader = _Reader(video_processor)
     if isinstance(item, Mapping) and ("role" in item or "content" in item):
         item = [item]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -190,6 +190,22 @@ class CocoaProcessor:
         """
         return self.collate(self.encode(inputs, prompt=prompt, max_length=max_length))
 
+    def read(self, inputs: Iterable[Any]) -> Iterator[Conversation]:
+        """
+        Check inputs and load their images and videos, one by one as they are asked for.
+
+        Args:
+            inputs (`Iterable`): As in [`~CocoaProcessor.encode`], which takes the result too.
+
+        Raises:
+            CocoaInputError: an input cannot be read; names its position.
+        """
+        for position, item in enumerate(inputs):
+            try:
+                yield read_input(item, self.video_processor)
+            except CocoaInputError as error:
+                raise CocoaInputError(error.reason, position) from error
+
     def encode(
         self, inputs: Sequence[Any], *, prompt: str | None = None, max_length: int | None = None
     ) -> list[dict[str, Tensor]]:
@@ -214,16 +230,10 @@ class CocoaProcessor:
             CocoaInputError: an input cannot be encoded, or its images alone exceed `max_length`; names its position.
             TypeError: `inputs` is one input instead of a list of inputs.
         """
-        if isinstance(inputs, (str, bytes, Mapping, os.PathLike)) or not isinstance(inputs, Sequence):
-            raise TypeError(f"inputs must be a list of inputs; got one {type(inputs).__name__}. Put it in a list.")
+        check_list(inputs)
         limit = self.max_length if max_length is None else _positive("max_length", max_length)
         prompt = self.prompt if prompt is None else prompt
-        conversations = []
-        for position, item in enumerate(inputs):
-            try:
-                conversations.append(read_input(item, self.video_processor))
-            except CocoaInputError as error:
-                raise CocoaInputError(error.reason, position) from error
+        conversations = list(self.read(inputs))
         if not conversations:
             return []
         features = self._call_stock(conversations, prompt)
@@ -304,6 +314,12 @@ class CocoaProcessor:
         keep = torch.ones_like(ids, dtype=torch.bool)
         keep[droppable[-excess:]] = False
         return ids[keep]
+
+
+def check_list(inputs: Any) -> None:
+    """Raise `TypeError` where one input was given instead of a list of inputs."""
+    if isinstance(inputs, (str, bytes, Mapping, os.PathLike)) or not isinstance(inputs, Sequence):
+        raise TypeError(f"inputs must be a list of inputs; got one {type(inputs).__name__}. Put it in a list.")
 
 
 def _split_media(features: BatchFeature, pixels: str, grid: str, counts: Sequence[int]) -> list[dict[str, Tensor]]:

@@ -24,8 +24,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, Model
 
 from .attention import EOS, PADDING, SOURCE, TARGET, attention_mask_for
 from .auto import load_backbone
+from .layers import merged_rotary
 from .losses import masked_token_loss, normalize_patches
 from .modeling_cocoa import hub_arguments
+from .packing import Packing, pack
 
 HEADS_FILE = "reconstruction.safetensors"
 """File beside the weights of a pre-training checkpoint that holds the heads."""
@@ -136,15 +138,42 @@ class ImageDecoder(nn.Module):
         self.projection = nn.Linear(config.hidden_size, self.patches_per_unit * self.values_per_patch)
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Any, units: Tensor
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        units: Tensor,
+        *,
+        packing: Packing | None = None,
+        attention_mask: Any = None,
     ) -> Tensor:
-        """Pixels of the `units` (bool, `(batch, tokens)`): shape `(units, patches a unit, values a patch)`."""
+        """
+        Pixels of some units.
+
+        Args:
+            hidden_states (`Tensor` of shape `(batch, tokens, hidden)`).
+            position_embeddings: Cosines and sines `(batch, tokens, head size)`.
+            units (`Tensor` of bool, shape `(batch, tokens)`): Which tokens to rebuild.
+            packing ([`Packing`], *optional*): Run on one row without padding; otherwise on the padded batch.
+            attention_mask (*optional*): For the padded batch.
+
+        Returns:
+            `Tensor` of shape `(units, patches a unit, values a patch)`, in the batch's order.
+        """
+        places = units.flatten().nonzero()[:, 0]
+        if packing is not None:
+            packed = [part.flatten(0, 1)[packing.index] for part in (hidden_states, *position_embeddings)]
+            hidden_states, position_embeddings = packed[0], tuple(packed[1:])
+            places = torch.empty_like(units.flatten(), dtype=torch.long).index_copy(
+                0, packing.index, torch.arange(len(packing.index), device=packing.index.device)
+            )[places]
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings
-            )
-        pixels = self.projection(self.norm(hidden_states[units]))
-        return pixels.view(-1, self.patches_per_unit, self.values_per_patch)
+            options = {"packing": packing} if packing is not None else {"attention_mask": attention_mask}
+            output = layer(hidden_states, position_embeddings=position_embeddings, **options)
+            hidden_states = (
+                output[0] if isinstance(output, tuple) else output
+            )  # the stock layer before transformers 5.4
+        chosen = hidden_states.flatten(0, -2)[places]
+        return self.projection(self.norm(chosen)).view(-1, self.patches_per_unit, self.values_per_patch)
 
 
 class CocoaForReconstruction(nn.Module):
@@ -220,6 +249,11 @@ class CocoaForReconstruction(nn.Module):
     def config(self) -> Any:
         """The backbone's configuration."""
         return self.model.config
+
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """Where sharding finds the layers' names."""
+        return self.model._no_split_modules
 
     @classmethod
     def from_pretrained(
@@ -336,10 +370,11 @@ class CocoaForReconstruction(nn.Module):
             inputs_embeds = inputs_embeds.masked_scatter(image_tokens[..., None], features)
         positions = backbone.mrope_positions(input_ids, attention_mask, image_grid_thw)
 
+        attention = self._attention(segment_ids, inputs_embeds.dtype)
         if self.bridge == "embedding" and bool((segment_ids == TARGET).any()):
             hidden, embeddings = self._two_passes(inputs_embeds, positions, segment_ids)
         else:
-            hidden = self._read(inputs_embeds, positions, segment_ids)
+            hidden = self._read(inputs_embeds, positions, attention)
             embeddings = nn.functional.normalize(hidden[segment_ids == EOS], dim=-1)
 
         output = ReconstructionOutput(embeddings=embeddings, losses={})
@@ -357,9 +392,11 @@ class CocoaForReconstruction(nn.Module):
         if unit_mask is not None and bool(unit_mask.any()):
             units = torch.zeros_like(image_tokens)
             units[image_tokens] = unit_mask
-            mask = self._attention_mask(segment_ids, hidden.dtype)
-            rotary = backbone.language_model.rotary_emb(hidden, positions)
-            output.pixels = self.image_decoder(hidden, rotary, mask, units)
+            if "packing" in attention:
+                rotary = merged_rotary(backbone.language_model, hidden, positions)
+            else:
+                rotary = backbone.language_model.rotary_emb(hidden, positions)
+            output.pixels = self.image_decoder(hidden, rotary, units, **attention)
             targets = pixel_labels.view(-1, *output.pixels.shape[1:])[unit_mask].float()
             if self.normalize_pixels:
                 targets = normalize_patches(targets)
@@ -380,21 +417,26 @@ class CocoaForReconstruction(nn.Module):
         target_patches = image_is_target.repeat_interleave(patches)
         features = self.unit_mask_embedding.expand(pixel_values.shape[0] // merge, -1)
         if bool((~image_is_target).any()):
-            seen = self.model.get_image_features(
-                pixel_values[~target_patches], image_grid_thw[~image_is_target], return_dict=True
-            ).pooler_output
+            seen = self.model.read_images(pixel_values[~target_patches], image_grid_thw[~image_is_target])
             features = features.clone()
-            features[~target_patches[::merge]] = torch.cat(tuple(seen)).to(features.dtype)
+            features[~target_patches[::merge]] = torch.cat(seen).to(features.dtype)
         return features
 
-    def _attention_mask(self, segment_ids: Tensor, dtype: torch.dtype) -> Any:
+    def _attention(self, segment_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        """How layers are told who sees whom: a packing, or for eager attention on the padded batch a dense mask."""
         implementation = self.model.language_model.config._attn_implementation
-        return attention_mask_for(implementation, segment_ids, None, dtype)
+        if implementation == "eager":
+            return {"attention_mask": attention_mask_for(implementation, segment_ids, None, dtype)}
+        return {"packing": pack(segment_ids)}
 
-    def _read(self, inputs_embeds: Tensor, positions: Tensor, segment_ids: Tensor) -> Tensor:
-        """Final hidden states of rows under collaborative attention."""
+    def _read(self, inputs_embeds: Tensor, positions: Tensor, attention: dict[str, Any]) -> Tensor:
+        """Final hidden states of rows under collaborative attention; padding is zero."""
+        if (packing := attention.get("packing")) is not None:
+            packed = inputs_embeds.flatten(0, 1)[packing.index]
+            hidden = self.model.run_layers(packed, positions.flatten(1)[:, packing.index], packing)
+            return packing.to(hidden.device).unpack(hidden, inputs_embeds.shape[:2])
         language_model = self.model.language_model
-        mask = self._attention_mask(segment_ids, inputs_embeds.dtype)
+        mask = attention["attention_mask"]
         return language_model(
             inputs_embeds=inputs_embeds,
             position_ids=positions,
@@ -405,9 +447,14 @@ class CocoaForReconstruction(nn.Module):
     def _two_passes(self, inputs_embeds: Tensor, positions: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The `embedding` bridge: read source and EOS; then the target beside a token made from the embedding."""
         is_eos, is_target = segment_ids == EOS, segment_ids == TARGET
-        first = self._read(inputs_embeds, positions, segment_ids.masked_fill(is_target, PADDING))
+        dtype, is_source = inputs_embeds.dtype, segment_ids == SOURCE
+        first = self._read(
+            inputs_embeds, positions, self._attention(segment_ids.masked_fill(is_target, PADDING), dtype)
+        )
         embeddings = nn.functional.normalize(first[is_eos], dim=-1)
         bridge_tokens = self.bridge_projection(embeddings)
         second_embeds = inputs_embeds.masked_scatter(is_eos[..., None], bridge_tokens)
-        second = self._read(second_embeds, positions, segment_ids.masked_fill(segment_ids == SOURCE, PADDING))
+        second = self._read(
+            second_embeds, positions, self._attention(segment_ids.masked_fill(is_source, PADDING), dtype)
+        )
         return torch.where((is_eos | is_target)[..., None], second, first), embeddings

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .auto import load_backbone
+from .encoding import encode_inputs
 from .inputs import CocoaInputError
 from .modeling_cocoa import CocoaModelMixin
 from .processing_cocoa import CocoaProcessor
@@ -29,6 +31,32 @@ MODEL_INPUTS = (
     "second_per_grid_ts",
 )
 """What the model takes of the features."""
+
+
+class Features(dict):
+    """
+    Features of a batch whose `token_embeddings` are computed when they are asked for: a vector needs only the last
+    token's, and with those alone the last layer is nearly free. A copy (accelerate makes one under autocast) has none.
+
+    Args:
+        values (`dict`).
+        token_embeddings (`Callable`, *optional*): Computes them.
+    """
+
+    def __init__(self, values: Mapping[str, Any], token_embeddings: Callable[[], Tensor] | None = None) -> None:
+        super().__init__(values)
+        self._token_embeddings = token_embeddings
+
+    def __missing__(self, name: str) -> Any:
+        if name != "token_embeddings":
+            raise KeyError(name)
+        if self._token_embeddings is None:
+            raise KeyError(
+                "token_embeddings: this is a copy, which accelerate makes of the output of a model in half-precision "
+                "training; load the saved model anew to see its tokens."
+            )
+        self[name] = self._token_embeddings()
+        return self[name]
 
 
 class CocoaTransformer(InputModule):
@@ -144,8 +172,8 @@ class CocoaTransformer(InputModule):
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """
-        Add `sentence_embedding` `(batch, hidden)`, unit vectors, and `token_embeddings` `(batch, tokens, hidden)` to
-        the features.
+        Add `sentence_embedding` to the features: unit vectors `(batch, hidden)`; `token_embeddings`
+        `(batch, tokens, hidden)` are computed at the first `features["token_embeddings"]`.
         """
         inputs: dict[str, Tensor] = {name: features[name] for name in MODEL_INPUTS if name in features}
         if "second_per_grid_ts" in inputs:
@@ -153,10 +181,39 @@ class CocoaTransformer(InputModule):
             if "video_grid_thw" in inputs:
                 columns = torch.arange(seconds.shape[1], device=seconds.device)
                 inputs["second_per_grid_ts"] = seconds[columns < videos[:, None]]
-        outputs = self.model(**inputs)
-        features["token_embeddings"] = outputs.last_hidden_state
-        features["sentence_embedding"] = outputs.pooler_output
-        return features
+        features["sentence_embedding"] = self.model(**inputs, eos_only=True).pooler_output
+        return Features(features, lambda: self.model(**inputs).last_hidden_state)
+
+    def encode(
+        self,
+        inputs: Sequence[Any],
+        *,
+        prompt: str | None = None,
+        batch_tokens: int | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+    ) -> np.ndarray:
+        """
+        The fastest way to embed many inputs, on the device that the module is on; see [`~encoding.encode_inputs`] for
+        the arguments. Prompts that a folder keeps by name belong to `SentenceTransformer`; give `prompt` here.
+
+        Returns:
+            `np.ndarray` of shape `(inputs, hidden)`, float32: unit vectors.
+        """
+        training = self.training
+        self.eval()
+        try:
+            return encode_inputs(
+                self.model,
+                self.processor,
+                inputs,
+                prompt=prompt,
+                batch_tokens=batch_tokens,
+                batch_size=batch_size,
+                show_progress_bar=show_progress_bar,
+            ).numpy()
+        finally:
+            self.train(training)
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Write weights, configuration, code and processor; `save_cocoa` writes the folder around them."""

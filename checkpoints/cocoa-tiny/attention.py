@@ -15,11 +15,14 @@ Padding is seen by nobody, and samples packed into one row never see each other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
-from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.masking_utils import flex_attention_mask
 
 PADDING, SOURCE, EOS, TARGET = 0, 1, 2, 3
@@ -29,9 +32,38 @@ FLEX_ATTENTION = "cocoa_flex"
 """`attn_implementation` under which flex attention serves Qwen2-VL, whose stock classes do not declare it
 (transformers refuses names that contain "flex_attention" for such classes)."""
 
-# Registering is an assignment, so doing it again (package and remote copy in one process) is harmless. The function is
-# transformers' own; only the name is ours.
-AttentionInterface.register(FLEX_ATTENTION, flex_attention_forward)
+
+def flex_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """
+    Flex attention in the shape that transformers' attention interface asks for.
+
+    Compiled on a GPU, where that is the point of it. On a CPU it is for tests, and runs as written: the compiled CPU
+    kernel of torch 2.14 gives wrong numbers for masks that tell the samples of a packed row apart.
+    """
+    # Rotated in float32 under autocast, while the values are not; the kernel's backward pass wants one dtype.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    kernel = compiled_flex_attention() if query.device.type == "cuda" else flex_attention
+    grouped = query.shape[1] != key.shape[1]
+    output = kernel(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@cache
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    """torch's flex attention, compiled at its first use."""
+    return torch.compile(flex_attention)
+
+
+# Registering is an assignment, so doing it again (package and remote copy in one process) is harmless.
+AttentionInterface.register(FLEX_ATTENTION, flex_forward)
 AttentionMaskInterface.register(FLEX_ATTENTION, flex_attention_mask)
 
 
@@ -90,6 +122,41 @@ def collaborative_block_mask(segment_ids: Tensor, sample_ids: Tensor | None = No
 
     batch, tokens = segment_ids.shape
     return create_block_mask(mask_mod, B=batch, H=None, Q_LEN=tokens, KV_LEN=tokens, device=str(segment_ids.device))
+
+
+def packed_block_mask(segment_ids: Tensor, sample_ids: Tensor, block: int = 128) -> BlockMask:
+    """
+    Block form of the mask of one packed row, made from what each block of tokens holds: never tokens x tokens.
+
+    Args:
+        segment_ids, sample_ids (`Tensor` of shape `(tokens,)`): As in [`is_visible`], without padding.
+        block (`int`, defaults to 128): Tokens of a block.
+
+    Returns:
+        `BlockMask` over `(1, heads (broadcast), tokens, tokens)`.
+    """
+    tokens, device = len(segment_ids), segment_ids.device
+    blocks = torch.arange(tokens, device=device) // block
+    count = -(-tokens // block)
+
+    def holds(chosen: Tensor) -> Tensor:
+        """Which blocks hold a chosen token of which samples: `(blocks, samples)`, 0 or 1."""
+        found = torch.zeros(count, int(sample_ids.max()) + 1, device=device)
+        found[blocks[chosen], sample_ids[chosen]] = 1
+        return found
+
+    is_target = segment_ids == TARGET
+    sources, targets, ends = holds(~is_target), holds(is_target), holds(segment_ids == EOS)
+    visible = (sources @ sources.T + targets @ (targets + ends).T) > 0
+    counts = visible.sum(-1, dtype=torch.int32)
+    order = visible.int().argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return is_visible(sample_ids[query], sample_ids[key], segment_ids[query], segment_ids[key])
+
+    return BlockMask.from_kv_blocks(
+        counts[None, None], order[None, None], BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=(tokens, tokens)
+    )
 
 
 def attention_mask_for(

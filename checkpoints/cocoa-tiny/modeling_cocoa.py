@@ -8,17 +8,20 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from .attention import FLEX_ATTENTION
 from .configuration_cocoa import CocoaConfig
+from .layers import merged_rotary
+from .packing import Packing, pack
 from .pooling import EosPooler
 
 MINIMUM_TRANSFORMERS = (5, 2)
@@ -30,6 +33,9 @@ KEY_MAPPING = {
     r"^(?:model\.)?(?:language_model\.)?(?:model\.)?norm\.": "language_model.norm.",
 }
 """From every layout that Qwen2-VL weights are published in to the base model's own names."""
+
+CPU_VISION_PATCHES = 2048
+"""Patches that pass the vision tower at once on a CPU, whose caches more would overflow: 14 % slower at 4096."""
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 """Arguments of `from_pretrained` that say where the files are."""
@@ -54,7 +60,8 @@ class CocoaModelOutput(ModelOutput):
     Output of a CoCoA model.
 
     Args:
-        last_hidden_state (`Tensor` of shape `(batch, tokens, hidden)`): After the last norm.
+        last_hidden_state (`Tensor` of shape `(batch, tokens, hidden)`, *optional*): After the last norm; padding is
+            zero. `None` with `eos_only`.
         pooler_output (`Tensor` of shape `(batch, hidden)`): Unit-norm EOS embeddings.
     """
 
@@ -67,7 +74,13 @@ class CocoaModelMixin:
     Turns a stock Qwen2-VL base model into an embedding model: attention that reads both ways, and an EOS pooler.
 
     Put it before the stock class: `class CocoaQwen2VLModel(CocoaModelMixin, Qwen2VLModel)`.
+
+    A batch is run as one row without padding, samples of equal length attending together (see [`~packing.pack`]).
+    `attn_implementation="eager"` runs the stock layers on the padded batch instead: the plain reference.
     """
+
+    packed_layers: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {}
+    """Of each stock module that works otherwise on packed rows, the class that does."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 
@@ -86,6 +99,12 @@ class CocoaModelMixin:
             # Before transformers 5.4, sdpa and flash attention ask the module, not the configuration, and would be
             # causal in a batch without padding.
             layer.self_attn.is_causal = False
+        for module in self.modules():
+            # The same module with another forward: weights, names, and how it was initialised stay.
+            module.__class__ = self.packed_layers.get(type(module), type(module))
+        # By name, for sharding; stock collects the names of its own classes.
+        replaced = {old.__name__: new.__name__ for old, new in self.packed_layers.items()}
+        self._no_split_modules = {replaced.get(name, name) for name in self._no_split_modules}
 
     @classmethod
     def from_pretrained(
@@ -143,6 +162,16 @@ class CocoaModelMixin:
         types = (input_ids == self.config.image_token_id).long()
         return types + 2 * (input_ids == self.config.video_token_id).long()
 
+    def check_media(self, input_ids: Tensor, token: int, grid: Tensor | None, kind: str) -> None:
+        """Raise `ValueError` where the ids hold another number of image (or video) tokens than the grids ask for."""
+        found = int((input_ids == token).sum())
+        wanted = 0 if grid is None else int(grid.prod(-1).sum()) // self.visual.spatial_merge_size**2
+        if found != wanted:
+            raise ValueError(
+                f"The ids hold {found} {kind} tokens, the {kind} grids ask for {wanted}. Build inputs with "
+                "CocoaProcessor."
+            )
+
     def mrope_positions(
         self,
         input_ids: Tensor,
@@ -159,6 +188,9 @@ class CocoaModelMixin:
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if image_grid_thw is None and video_grid_thw is None:
+            # All text counts up in all three directions; the general way goes row by row in Python.
+            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
         if "mm_token_type_ids" in inspect.signature(self.get_rope_index).parameters:
             kwargs["mm_token_type_ids"] = self.media_types(input_ids)
         return self.get_rope_index(
@@ -181,14 +213,17 @@ class CocoaModelMixin:
         video_grid_thw: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         second_per_grid_ts: Tensor | None = None,
-        **kwargs: Any,
+        image_index: Tensor | None = None,
+        eos_only: bool = False,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
     ) -> CocoaModelOutput:
         """
         Args:
             input_ids (`Tensor` of shape `(batch, tokens)`): Each row's last token must be the EOS.
             attention_mask (`Tensor` of shape `(batch, tokens)`, *optional*): 0 for padding, on either side.
-            position_ids (`Tensor` of shape `(3, batch, tokens)`, *optional*): Rotary positions; worked out from the
-                ids and grids where not given.
+            position_ids (`Tensor` of shape `(3, batch, tokens)` or `(batch, tokens)`, *optional*): Rotary positions;
+                worked out from the ids and grids where not given.
             inputs_embeds (`Tensor` of shape `(batch, tokens, hidden)`, *optional*): Instead of `input_ids`, with
                 `position_ids`.
             pixel_values, pixel_values_videos (`Tensor` of shape `(patches, channels * time * height * width)`).
@@ -196,35 +231,148 @@ class CocoaModelMixin:
             mm_token_type_ids (`Tensor` of shape `(batch, tokens)`, *optional*): Accepted since processors give it;
                 the ids say the same.
             second_per_grid_ts (`Tensor` of shape `(videos,)`, *optional*): Seconds a temporal patch, for Qwen2.5-VL.
+            image_index (`Tensor` of shape `(images,)`, *optional*): Which image of `pixel_values` each image of the
+                ids is, where one occurs several times: it passes the vision tower once. By default each its own.
+            eos_only (`bool`, defaults to `False`): Give the embeddings alone, and have the last layer compute no other
+                token: faster, with the same gradients.
+            use_cache, return_dict (*optional*): Accepted since callers pass them; there is no cache, and the result is
+                always a [`CocoaModelOutput`].
 
         Returns:
             [`CocoaModelOutput`].
 
         Raises:
-            ValueError: a row does not end in the EOS.
+            ValueError: a row does not end in the EOS, or images, their tokens and their grids do not match.
         """
+        if attention_mask is None and input_ids is not None:
+            attention_mask = torch.ones_like(input_ids)
+        for kind, pixels, grid in (
+            ("image", pixel_values, image_grid_thw),
+            ("video", pixel_values_videos, video_grid_thw),
+        ):
+            if (pixels is None) != (grid is None) and inputs_embeds is None:
+                raise ValueError(f"Give the {kind}s' pixels and their grids, or neither.")
+        distinct_grid_thw = image_grid_thw
+        if image_index is not None:
+            image_grid_thw = distinct_grid_thw[image_index]
+        if input_ids is not None:
+            self.check_media(input_ids, self.config.image_token_id, image_grid_thw, "image")
+            self.check_media(input_ids, self.config.video_token_id, video_grid_thw, "video")
         if position_ids is None:
             if input_ids is None:
                 raise ValueError("With `inputs_embeds`, give `position_ids` too: positions are read from the ids.")
             seconds = {} if second_per_grid_ts is None else {"second_per_grid_ts": second_per_grid_ts}
             position_ids = self.mrope_positions(input_ids, attention_mask, image_grid_thw, video_grid_thw, **seconds)
-        kwargs.pop("use_cache", None)
-        kwargs.pop("return_dict", None)
-        outputs = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            pixel_values_videos=pixel_values_videos,
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            use_cache=False,
-            return_dict=True,
-            **kwargs,
+        elif position_ids.ndim == 2:
+            position_ids = position_ids.expand(3, -1, -1)
+        if input_ids is not None and self.language_model.config._attn_implementation != "eager":
+            media = {}
+            if pixel_values is not None:
+                images = self.read_images(pixel_values, distinct_grid_thw)
+                order = range(len(images)) if image_index is None else image_index.tolist()
+                media[self.config.image_token_id] = torch.cat([images[index] for index in order])
+            if pixel_values_videos is not None:
+                media[self.config.video_token_id] = torch.cat(self.read_images(pixel_values_videos, video_grid_thw))
+            return self.forward_packed(input_ids, attention_mask, position_ids, inputs_embeds, media, eos_only)
+        if image_index is not None:
+            patches = pixel_values.split(distinct_grid_thw.prod(-1).tolist())
+            pixel_values = torch.cat([patches[index] for index in image_index.tolist()])
+        hidden = (
+            super()
+            .forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                pixel_values=pixel_values,
+                pixel_values_videos=pixel_values_videos,
+                image_grid_thw=image_grid_thw,
+                video_grid_thw=video_grid_thw,
+                use_cache=False,
+                return_dict=True,
+            )
+            .last_hidden_state
         )
-        hidden = outputs.last_hidden_state
-        return CocoaModelOutput(last_hidden_state=hidden, pooler_output=self.pooler(hidden, attention_mask, input_ids))
+        pooled = self.pooler(hidden, attention_mask, input_ids)
+        return CocoaModelOutput(last_hidden_state=None if eos_only else hidden, pooler_output=pooled)
+
+    def read_images(self, pixel_values: Tensor, grid_thw: Tensor) -> list[Tensor]:
+        """
+        Features of images (or videos) from the vision tower, on a CPU a few at a time.
+
+        Args:
+            pixel_values (`Tensor` of shape `(patches, channels * time * height * width)`).
+            grid_thw (`Tensor` of shape `(images, 3)`).
+
+        Returns:
+            `list[Tensor]`: One an image, of shape `(tokens, hidden)`.
+        """
+        sizes = grid_thw.prod(-1).tolist()
+        limit = CPU_VISION_PATCHES if pixel_values.device.type == "cpu" else sum(sizes)
+        cuts, patches = [0], 0
+        for image, size in enumerate(sizes):
+            if patches and patches + size > limit:
+                cuts.append(image)
+                patches = 0
+            patches += size
+        features: list[Tensor] = []
+        images = [b - a for a, b in pairwise([*cuts, len(sizes)])]
+        grids = grid_thw.split(images)
+        for values, grid in zip(pixel_values.split([int(g.prod(-1).sum()) for g in grids]), grids, strict=True):
+            features += self.get_image_features(values, grid, return_dict=True).pooler_output
+        return features
+
+    def forward_packed(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        inputs_embeds: Tensor | None,
+        media: dict[int, Tensor],
+        eos_only: bool,
+    ) -> CocoaModelOutput:
+        """[`~CocoaModelMixin.forward`] on one row without padding; `media`: features, by the id of their tokens."""
+        packing = pack(attention_mask.long())
+        ids = input_ids.flatten()[packing.index]
+        self.pooler.check(ids[packing.eos])
+        if inputs_embeds is None:
+            hidden = self.get_input_embeddings()(ids)
+        else:
+            hidden = inputs_embeds.flatten(0, 1)[packing.index]
+        for token, features in media.items():
+            # Features come in the batch's order; tokens lie in the packed one.
+            places = (ids == token).nonzero()[:, 0]
+            places = places[packing.index[places].argsort()]
+            hidden = hidden.index_copy(0, places, features.to(hidden))
+        hidden = self.run_layers(hidden, position_ids.flatten(1)[:, packing.index], packing, eos_only)
+        packing = packing.to(hidden.device)  # where the layers are spread over devices
+        if eos_only:
+            pooled = torch.empty_like(hidden).index_copy(0, packing.order, hidden)
+            return CocoaModelOutput(pooler_output=nn.functional.normalize(pooled, dim=-1))
+        return CocoaModelOutput(
+            last_hidden_state=packing.unpack(hidden, input_ids.shape),
+            pooler_output=nn.functional.normalize(hidden[packing.eos], dim=-1),
+        )
+
+    def run_layers(self, hidden: Tensor, positions: Tensor, packing: Packing, eos_only: bool = False) -> Tensor:
+        """
+        The text layers and the last norm over a packed row.
+
+        Args:
+            hidden (`Tensor` of shape `(tokens, hidden)`): Input embeddings.
+            positions (`Tensor` of shape `(3, tokens)`): Rotary positions.
+            packing ([`Packing`]).
+            eos_only (`bool`, defaults to `False`): Of the last layer, only the EOS tokens.
+
+        Returns:
+            `Tensor` of shape `(tokens, hidden)`, or `(batch, hidden)` in packed order with `eos_only`.
+        """
+        text = self.language_model
+        rotary = tuple(part[0] for part in merged_rotary(text, hidden, positions[:, None]))
+        for layer in text.layers:
+            is_last = layer is text.layers[-1]
+            hidden = layer(hidden, packing=packing, eos_only=eos_only and is_last, position_embeddings=rotary)
+        return text.norm(hidden)
 
 
 def read_model_type(name_or_path: str | os.PathLike, **kwargs: Any) -> str | None:

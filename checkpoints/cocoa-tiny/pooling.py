@@ -40,6 +40,24 @@ class EosPooler(nn.Module):
         super().__init__()
         self.eos_token_id = eos_token_id
 
+    def check(self, last_tokens: Tensor) -> None:
+        """
+        Check that rows end in the EOS.
+
+        Args:
+            last_tokens (`Tensor` of shape `(batch,)`): Each row's last token that is not padding.
+
+        Raises:
+            ValueError: one does not; names the row.
+        """
+        wrong = last_tokens != self.eos_token_id
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"Row {row} of the batch ends in token {int(last_tokens[row])}, not in the EOS ({self.eos_token_id}). "
+                "Build inputs with CocoaProcessor, or end them with the EOS yourself."
+            )
+
     def forward(
         self, last_hidden_state: Tensor, attention_mask: Tensor | None = None, input_ids: Tensor | None = None
     ) -> Tensor:
@@ -62,13 +80,7 @@ class EosPooler(nn.Module):
         indices = last_token_indices(attention_mask)
         rows = torch.arange(indices.shape[0], device=indices.device)
         if input_ids is not None:
-            wrong = input_ids[rows, indices] != self.eos_token_id
-            if wrong.any():
-                row = int(wrong.nonzero()[0])
-                raise ValueError(
-                    f"Row {row} of the batch ends in token {int(input_ids[row, indices[row]])}, not in the EOS "
-                    f"({self.eos_token_id}). Build inputs with CocoaProcessor, or end them with the EOS yourself."
-                )
+            self.check(input_ids[rows, indices])
         return nn.functional.normalize(last_hidden_state[rows, indices], dim=-1)
 
     def extra_repr(self) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from modeling_cocoa.attention import EOS, PADDING, SOURCE, TARGET
+from modeling_cocoa.attention import EOS, FLEX_ATTENTION, PADDING, SOURCE, TARGET
 from modeling_cocoa.losses import masked_token_loss, normalize_patches
 from modeling_cocoa.reconstruction import CocoaForReconstruction, attach_mask_token, read_lm_head
 from tests.conftest import (
@@ -80,30 +80,37 @@ def bridge_batch(direction, *, source_shift=0, target_shift=0, seed=0):
     return batch
 
 
-def reconstruction(model_type, bridge="layerwise"):
+def reconstruction(model_type, bridge="layerwise", implementation="sdpa"):
+    """Packed rows with sdpa, the padded batch with eager."""
     torch.manual_seed(0)
-    backbone = sharpen(CLASSES[model_type][1](tiny_config(model_type)))
-    return CocoaForReconstruction(backbone, bridge=bridge).eval()
+    backbone = CLASSES[model_type][1]._from_config(tiny_config(model_type), attn_implementation=implementation)
+    return CocoaForReconstruction(sharpen(backbone), bridge=bridge).eval()
 
 
 def hidden_states(model, batch):
     """Final hidden states, as the heads get them."""
-    seen = {}
+    seen, read = [], model._read
 
-    def keep(module, args, output):
-        seen.setdefault("states", []).append(output.last_hidden_state)
+    def keep(*args):
+        seen.append(read(*args))
+        return seen[-1]
 
-    handle = model.model.language_model.register_forward_hook(keep)
-    with torch.no_grad():
-        output = model(**batch)
-    handle.remove()
-    return seen["states"], output
+    model._read = keep
+    try:
+        with torch.no_grad():
+            return seen, model(**batch)
+    finally:
+        del model._read
 
 
+BACKENDS = pytest.mark.parametrize("implementation", ["sdpa", "eager", FLEX_ATTENTION])
+
+
+@BACKENDS
 @pytest.mark.parametrize("bridge", ["layerwise", "embedding"])
 @pytest.mark.parametrize("direction", PARTS)
-def test_source_and_eos_do_not_see_the_target(model_type, bridge, direction):
-    model = reconstruction(model_type, bridge)
+def test_source_and_eos_do_not_see_the_target(model_type, bridge, direction, implementation):
+    model = reconstruction(model_type, bridge, implementation)
     before, first = hidden_states(model, batch := bridge_batch(direction))
     after, second = hidden_states(model, bridge_batch(direction, target_shift=3))
     own = (batch["segment_ids"] == SOURCE) | (batch["segment_ids"] == EOS)
@@ -129,10 +136,11 @@ def test_source_and_eos_are_what_inference_embeds(model_type, bridge, direction)
     torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
 
 
+@BACKENDS
 @pytest.mark.parametrize("direction", PARTS)
-def test_layerwise_target_sees_its_source_through_the_eos_alone(model_type, direction):
+def test_layerwise_target_sees_its_source_through_the_eos_alone(model_type, direction, implementation):
     """With the EOS's keys and values of every layer held, another source changes nothing of the target."""
-    model = reconstruction(model_type)
+    model = reconstruction(model_type, implementation=implementation)
     batch, other = bridge_batch(direction), bridge_batch(direction, source_shift=5)
     eos = batch["segment_ids"] == EOS
     target = batch["segment_ids"] == TARGET
@@ -143,17 +151,20 @@ def test_layerwise_target_sees_its_source_through_the_eos_alone(model_type, dire
 
             def hold(module, args, kwargs, index=index):
                 states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                # On a packed row, the EOS of each batch row is where the packing says.
+                is_eos = eos
+                if "packing" in kwargs:
+                    is_eos = torch.zeros(len(states), dtype=torch.bool)
+                    is_eos[kwargs["packing"].eos] = True
                 inputs.append(states.detach().clone())
                 if held is not None:
-                    states = torch.where(eos[..., None], held[index], states)
+                    states = torch.where(is_eos[..., None], held[index], states)
                 if "hidden_states" in kwargs:
                     return args, {**kwargs, "hidden_states": states}
                 return (states, *args[1:]), kwargs
 
             handles.append(layer.register_forward_pre_hook(hold, with_kwargs=True))
-        with torch.no_grad():
-            output = model.model.language_model  # noqa: F841
-            states, result = hidden_states(model, batch)
+        states, result = hidden_states(model, batch)
         for handle in handles:
             handle.remove()
         return states[0], result, inputs
@@ -195,9 +206,10 @@ def test_embedding_bridge_carries_the_embedding_and_nothing_else(model_type, dir
         torch.testing.assert_close(held_result.pixels, result.pixels, atol=1e-5, rtol=0)
 
 
-def test_losses_are_the_plain_ones(model_type):
+@BACKENDS
+def test_losses_are_the_plain_ones(model_type, implementation):
     """Against full logits and a loop over units."""
-    model = reconstruction(model_type)
+    model = reconstruction(model_type, implementation=implementation)
     batch = bridge_batch("both_to_both")
     states, output = hidden_states(model, batch)
     logits = states[0] @ model.model.get_input_embeddings().weight.T
@@ -238,6 +250,49 @@ def test_target_images_never_pass_the_vision_tower(model_type):
     batch["pixel_values"][:16] += 1.0
     _, third = hidden_states(model, batch)
     assert not torch.allclose(first.pixels[:4], third.pixels[:4], atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("bridge", ["layerwise", "embedding"])
+@pytest.mark.parametrize("direction", PARTS)
+def test_losses_and_gradients_are_those_of_the_padded_batch(model_type, bridge, direction, checkpointing):
+    """Under the dense mask, to 1e-4 of each gradient's size."""
+    batch = bridge_batch(direction)
+
+    def step(implementation):
+        model = reconstruction(model_type, bridge, implementation).train()
+        if checkpointing and implementation != "eager":
+            model.gradient_checkpointing_enable()
+        output = model(**batch)
+        output.loss.backward()
+        return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    (expected, plain), (output, packed) = step("eager"), step("sdpa")
+    torch.testing.assert_close(output.losses, expected.losses, rtol=1e-4, atol=1e-6)
+    assert packed.keys() == plain.keys()
+    for name, gradient in plain.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(packed[name], gradient, atol=1e-4 * scale + 1e-7, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("implementation", ["sdpa", FLEX_ATTENTION])
+@pytest.mark.parametrize("direction", PARTS)
+def test_losses_and_gradients_on_a_gpu_are_those_of_the_cpu(model_type, implementation, direction):
+    """The compiled kernels of flex attention, forward and backward, against the plain reference."""
+    batch = bridge_batch(direction)
+    plain = reconstruction(model_type, "layerwise", "eager").train()
+    expected = plain(**batch)
+    expected.loss.backward()
+    model = reconstruction(model_type, "layerwise", implementation).train().cuda()
+    output = model(**{name: value.cuda() for name, value in batch.items()})
+    output.loss.backward()
+    torch.testing.assert_close(output.loss.cpu(), expected.loss, rtol=1e-3, atol=1e-5)
+    for (name, found), parameter in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if parameter.grad is not None:
+            scale = float(parameter.grad.abs().max())
+            torch.testing.assert_close(found.grad.cpu(), parameter.grad, atol=1e-2 * scale + 1e-6, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("bridge", ["layerwise", "embedding"])

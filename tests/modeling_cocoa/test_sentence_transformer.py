@@ -97,6 +97,17 @@ def test_what_sentence_transformers_asks_of_a_module(model):
     assert "CocoaQwen2VLModel" in repr(model)
 
 
+def test_token_embeddings_end_in_the_vector_and_are_no_part_of_a_copy(model):
+    """The vector alone is computed at once; the tokens when they are asked for."""
+    output = model[0](model.preprocess(["a nerd face", "a cat"]))
+    assert "token_embeddings" not in output
+    ends = output["token_embeddings"][torch.arange(2), output["attention_mask"].sum(1) - 1]
+    expected = torch.nn.functional.normalize(ends, dim=-1)
+    torch.testing.assert_close(output["sentence_embedding"], expected, atol=1e-5, rtol=0)
+    with pytest.raises(KeyError, match="a copy"):
+        type(output)(dict(model[0](model.preprocess(["a cat"]))))["token_embeddings"]
+
+
 def test_a_generative_checkpoint_becomes_a_module(tmp_path, processor, model):
     folder = tmp_path / "generative"
     Qwen2VLForConditionalGeneration(model[0].model.config).save_pretrained(folder)

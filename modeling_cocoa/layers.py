@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stock layers, made to work on packed rows; weights, names and the stock forward stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .packing import Packing, Spans, attend, attend_spans
+
+
+class PackedDecoderLayer:
+    """
+    In front of a stock decoder layer: with a `packing` it takes a packed row, without one it is the stock layer.
+
+    Being the layer itself, it keeps what is attached to layers: gradient checkpointing, adapters, sharding.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        packing: Packing | None = None,
+        eos_only: bool = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states (`Tensor` of shape `(tokens, hidden)`): A packed row.
+            packing ([`Packing`]).
+            eos_only (`bool`, defaults to `False`): Compute the EOS tokens' output only; others serve as keys.
+            position_embeddings: Cosines and sines `(tokens, head size)`.
+
+        Returns:
+            `Tensor` of shape `(tokens, hidden)`, or `(batch, hidden)` in packed order with `eos_only`.
+        """
+        if packing is None:
+            return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
+        attention = self.self_attn
+        shape = (-1, attention.head_dim)
+        cos, sin = rotary_factors(position_embeddings)
+        normed = self.input_layernorm(hidden_states)
+        key = rotate(attention.k_proj(normed).unflatten(-1, shape), cos, sin)
+        value = attention.v_proj(normed).unflatten(-1, shape)
+        if eos_only:
+            places = packing.eos[packing.order]
+            hidden_states, normed, cos, sin = (part[places] for part in (hidden_states, normed, cos, sin))
+        query = rotate(attention.q_proj(normed).unflatten(-1, shape), cos, sin)
+        attended = attend(
+            attention,
+            query,
+            key,
+            value,
+            packing,
+            implementation=attention.config._attn_implementation,
+            scaling=attention.scaling,
+            dropout=attention.attention_dropout if self.training else 0.0,
+            eos_only=eos_only,
+        )
+        hidden_states = hidden_states + attention.o_proj(attended)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class PackedVisionAttention:
+    """In front of a stock vision attention: images (or windows) of equal size attend as one batch."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states (`Tensor` of shape `(patches, hidden)`).
+            cu_seqlens (`Tensor` of shape `(images + 1,)`): First patch of each image or window, and the end.
+            position_embeddings: Cosines and sines `(patches, head size)`.
+        """
+        if self.config._attn_implementation != "sdpa":
+            return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+        lengths, order = cu_seqlens.diff().sort(stable=True)
+        spans = Spans(lengths.tolist())
+        query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        cos, sin = (factor.float() for factor in rotary_factors(position_embeddings))
+        query, key = (rotate(part.float(), cos, sin).to(value.dtype) for part in (query, key))
+        in_order = bool((order[1:] > order[:-1]).all())
+        if not in_order:
+            starts = cu_seqlens[:-1][order]
+            within = torch.arange(len(hidden_states), device=lengths.device)
+            within = within - nn.functional.pad(lengths.cumsum(0), (1, 0))[:-1].repeat_interleave(lengths)
+            places = starts.repeat_interleave(lengths) + within
+            query, key, value = query[places], key[places], value[places]
+        dropout = self.attention_dropout if self.training else 0.0
+        output = attend_spans(
+            self, query, spans, key, value, spans, implementation="sdpa", scaling=self.scaling, dropout=dropout
+        )
+        if not in_order:
+            output = torch.empty_like(output).index_copy(0, places, output)
+        return self.proj(output)
+
+
+class PatchConvolution(nn.Conv3d):
+    """The patch embedding's convolution, whose patches do not overlap, as one matrix product."""
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """`(patches, channels, time, height, width)`, each of the kernel's size, to `(patches, hidden, 1, 1, 1)`."""
+        return nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None, None]
+
+
+class GatedMLP:
+    """In front of a stock gated MLP: where no gradient is asked for, one tensor of the inner width less."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`(tokens, hidden)` to the same."""
+        if torch.is_grad_enabled():
+            return super().forward(hidden_states)
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)).mul_(self.up_proj(hidden_states)))
+
+
+class RMSNorm:
+    """In front of a stock RMS norm: torch's own, in one pass."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`(tokens, hidden)` to the same."""
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class QuickGELU:
+    """In front of the stock activation: where no gradient is asked for, one tensor instead of three."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`x * sigmoid(1.702 x)`, of any shape."""
+        if torch.is_grad_enabled():
+            return super().forward(states)
+        return (states * 1.702).sigmoid_().mul_(states)
+
+
+def merged_rotary(language_model: nn.Module, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Cosines and sines `(batch, tokens, head size)`, in which time, height and width have their sections.
+
+    Args:
+        language_model: Stock text model.
+        hidden_states (`Tensor`): Of the dtype and on the device that they should have.
+        positions (`Tensor` of shape `(3, batch, tokens)`).
+    """
+    cos, sin = language_model.rotary_emb(hidden_states, positions)
+    if cos.ndim == 3:
+        return cos, sin
+    # Before transformers 5.17 the three come apart, and the stock attention puts them together.
+    sections = language_model.config.rope_parameters["mrope_section"] * 2
+    cos, sin = (
+        torch.cat([part[i % 3] for i, part in enumerate(factor.split(sections, dim=-1))], dim=-1)
+        for factor in (cos, sin)
+    )
+    return cos, sin
+
+
+def rotary_factors(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """
+    Cosines and sines `(tokens, head size)` as [`rotate`] takes them: of shape `(tokens, 1, head size)`, the first half
+    of the sines negative.
+    """
+    cos, sin = position_embeddings
+    first, second = sin.chunk(2, dim=-1)
+    return cos[:, None], torch.cat([-first, second], dim=-1)[:, None]
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """
+    Rotary position embedding of `(tokens, heads, head size)` by [`rotary_factors`]: what stock writes as
+    `x * cos + rotate_half(x) * sin`, with the sign in the sines.
+    """
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)

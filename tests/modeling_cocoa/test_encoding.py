@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many inputs to vectors: the same as one by one, whatever the batches."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from modeling_cocoa import encoding
+from modeling_cocoa.inputs import CocoaInputError
+from tests.modeling_cocoa.conftest import make_image
+from tests.modeling_cocoa.test_sentence_transformer import mixture, module_of
+
+
+@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl"])
+def module(request, processor):
+    return module_of(processor, request.param)[0].eval()
+
+
+def counted(module, monkeypatch):
+    """Rows and images of each forward pass."""
+    calls, forward = [], module.model.forward
+
+    def count(**batch):
+        images = len(batch["image_grid_thw"]) if "image_grid_thw" in batch else 0
+        calls.append((len(batch["input_ids"]), int(batch["attention_mask"].sum()), images))
+        return forward(**batch)
+
+    monkeypatch.setattr(module.model, "forward", count)
+    return calls
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_tokens": 30}, {"batch_tokens": 1}, {"batch_size": 2}])
+def test_any_batches_give_the_vectors_of_one_by_one(module, image, tmp_path, options):
+    items = mixture(image, tmp_path)
+    vectors = module.encode(items, **options)
+    for item, vector in zip(items, vectors, strict=True):
+        np.testing.assert_allclose(module.encode([item])[0], vector, atol=1e-5, rtol=0)
+
+
+def test_batches_keep_to_their_tokens(module, monkeypatch):
+    calls = counted(module, monkeypatch)
+    texts = ["a cat"] * 3 + [f"a red apple {number}" for number in range(9)] + ["a nerd face with glasses " * 20]
+    module.encode(texts, batch_tokens=40)
+    assert all(tokens <= 40 or rows == 1 for rows, tokens, _ in calls)
+    assert any(tokens > 40 for _, tokens, _ in calls), "an input beyond the budget runs alone"
+    assert len(calls) < 9
+
+
+def test_the_same_input_is_computed_once(module, image, monkeypatch):
+    monkeypatch.setattr(encoding, "INPUTS_AT_ONCE", 3)
+    calls = counted(module, monkeypatch)
+    vectors = module.encode(["a cat", image, "a cat", image.copy(), "a cat", "a dog"])
+    assert sum(rows for rows, _, _ in calls) == 3
+    assert np.array_equal(vectors[0], vectors[2]) and np.array_equal(vectors[0], vectors[4])
+    assert np.array_equal(vectors[1], vectors[3])
+    assert np.abs(vectors[0] - vectors[5]).max() > 1e-3
+
+
+def test_an_image_of_several_inputs_passes_the_vision_tower_once(module, image, monkeypatch):
+    other = make_image(48, 32, seed=5)
+    items = [{"image": image, "text": text} for text in ("what is it?", "which colour?")]
+    items += [{"image": other, "text": "what is it?"}, {"images": [image, other]}]
+    expected = np.concatenate([module.encode([item]) for item in items])
+    calls = counted(module, monkeypatch)
+    np.testing.assert_allclose(module.encode(items), expected, atol=1e-5, rtol=0)
+    assert [images for _, _, images in calls] == [2]
+
+
+@torch.no_grad()
+def test_the_padded_reference_knows_shared_images_too(module, image, monkeypatch):
+    items = [{"image": image, "text": text} for text in ("what is it?", "which colour?")]
+    expected = module.encode(items)
+    module.model.set_attn_implementation("eager")
+    monkeypatch.setattr(module.model, "forward_packed", None)
+    np.testing.assert_allclose(module.encode(items), expected, atol=1e-5, rtol=0)
+
+
+def test_large_images_come_a_few_at_a_time(module, monkeypatch):
+    """However many inputs, few are held as tensors at once: counted by their images' pixels."""
+    images = [make_image(40, 40, seed=number) for number in range(7)]
+    expected = module.encode(images)
+    read, encode = [], module.processor.encode
+    monkeypatch.setattr(module.processor, "encode", lambda part, **options: read.append(len(part)) or encode(part))
+    monkeypatch.setattr(encoding, "TOKEN_PIXELS", 20 * 40)
+    monkeypatch.setattr(encoding, "IMAGE_BATCHES_AT_ONCE", 2)
+    np.testing.assert_allclose(module.encode(images, batch_tokens=2), expected, atol=1e-5, rtol=0)
+    assert read == [2, 2, 2, 1]
+
+
+def test_reading_ahead_keeps_the_order_and_the_error():
+    assert list(encoding.read_ahead(iter(range(1, 6)))) == [1, 2, 3, 4, 5]
+
+    def failing():
+        yield 1
+        raise CocoaInputError("the text is empty", 7)
+
+    ahead = encoding.read_ahead(failing())
+    assert next(ahead) == 1
+    with pytest.raises(CocoaInputError, match="Item 7"):
+        next(ahead)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda item: {**item, "text": "what is it? "},
+        lambda item: {**item, "image": item["image"].transpose(0)},
+        lambda item: {**item, "images": [item["image"]]},
+        lambda item: {"image": item["image"]},
+        lambda item: [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}],
+    ],
+)
+def test_a_digest_tells_inputs_apart(processor, image, change):
+    item = {"image": image, "text": "what is it?"}
+    same, again, other = processor.read([item, {**item, "image": image.copy()}, change(item)])
+    assert same.digest == again.digest != other.digest
+
+
+@pytest.mark.parametrize("mode", ["P", "PA"])
+def test_a_digest_sees_the_colours_of_a_palette(processor, mode):
+    """Two drawings with the same indices into different palettes."""
+    first, second = Image.new("P", (32, 32), 1), Image.new("P", (32, 32), 1)
+    first.putpalette([0, 0, 0, 255, 0, 0])
+    second.putpalette([0, 0, 0, 0, 255, 0])
+    first, second = first.convert(mode), second.convert(mode)
+    assert first.tobytes() == second.tobytes()
+    red, green = processor.read([first, second])
+    assert red.digest != green.digest
+
+
+def test_a_digest_sees_when_the_frames_of_a_video_were(processor, image):
+    frames = np.stack([np.asarray(image)] * 4)
+    one, two = processor.read([{"video": frames}, {"video": frames.copy()}])
+    assert one.digest == two.digest
+    slow = replace(two, video_metadata=[replace(two.video_metadata[0], fps=0.5)])
+    assert slow.digest != one.digest
+
+
+@pytest.mark.parametrize("one", ["a cat", {"text": "a cat"}, Path("cat.png")])
+def test_one_input_is_no_list_of_inputs(module, one):
+    with pytest.raises(TypeError, match="list of inputs.*Put it in a list"):
+        module.encode(one)
+
+
+def test_nothing_to_encode_is_no_vectors(module):
+    assert module.encode([]).shape == (0, 64)
+
+
+def test_a_bad_input_is_named_by_its_place_in_the_call(module, monkeypatch):
+    monkeypatch.setattr(encoding, "INPUTS_AT_ONCE", 2)
+    with pytest.raises(CocoaInputError, match="Item 4.*empty"):
+        module.encode(["a", "b", "c", "d", " "])
+    with pytest.raises(ValueError, match="batch_tokens must be 1 or more; got 0"):
+        module.encode(["a"], batch_tokens=0)
+
+
+def test_too_little_memory_halves_the_batches(module, monkeypatch, caplog):
+    """The error is torch's own; that a GPU raises it is not tested here."""
+    texts = [f"a red apple {number}" for number in range(8)]
+    expected = module.encode(texts)
+    forward = module.model.forward
+
+    def with_little_memory(**batch):
+        if len(batch["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(**batch)
+
+    monkeypatch.setattr(module.model, "forward", with_little_memory)
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_allclose(module.encode(texts), expected, atol=1e-5, rtol=0)
+    assert "memory does not suffice" in caplog.text
+
+
+def test_training_mode_comes_back(module):
+    module.train()
+    first = module.encode(["a cat"])
+    assert module.training
+    assert np.array_equal(module.encode(["a cat"]), first)
