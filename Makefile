@@ -10,9 +10,11 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
+# torchao, of the int8 extra, makes torch warn of itself at every start.
+export TORCH_LOGS := -torch.utils._pytree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint
+.PHONY: help demo test lint bench
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +28,9 @@ test: $(INSTALLED) ## run the tests that need no GPU
 lint: $(INSTALLED) ## check style and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+bench: $(INSTALLED) ## measure speed and memory (20 minutes, on a machine that does nothing else); BENCH="--only encode": a part
+	@$(BIN)/python -m benchmarks $(BENCH)
 
 # torch and torchvision come first and by plain name, so that pip takes the build meant for this machine.
 $(INSTALLED): pyproject.toml

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast a folder's doors embed: stock sentence-transformers, remote code, and CocoaTransformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+
+from modeling_cocoa import CocoaTransformer
+
+from .measure import alternate
+from .models import device, make_workloads
+from .operations import embedding_operations
+
+STOCK = "SentenceTransformer(folder)"
+BATCH_SIZE = 16
+
+
+def open_doors(folder: Path, module: CocoaTransformer) -> dict[str, Callable[[list[Any]], np.ndarray]]:
+    """Ways to embed with one folder, by the line that a user writes."""
+    stock = SentenceTransformer(str(folder))
+    remote = SentenceTransformer(str(folder), trust_remote_code=True)
+    wrapped = SentenceTransformer(modules=[module])
+    return {
+        STOCK: partial(stock.encode, batch_size=BATCH_SIZE),
+        "SentenceTransformer(folder, trust_remote_code=True)": partial(remote.encode, batch_size=BATCH_SIZE),
+        "SentenceTransformer(modules=[CocoaTransformer(folder)])": partial(wrapped.encode, batch_size=BATCH_SIZE),
+        "CocoaTransformer(folder)": module.encode,
+    }
+
+
+def bench_encode(folder: Path, count: int, repeats: int) -> dict[str, Any]:
+    """
+    Measure every door on every workload.
+
+    Returns:
+        `dict`: By workload and door, items a second, speed against the stock door, share of the machine's rate of
+        matrix multiplication (of the operations that real tokens need), peak memory, and the largest difference of a
+        vector's entry from the stock door's.
+    """
+    module = CocoaTransformer(folder).to(device())
+    doors = open_doors(folder, module)
+    report: dict[str, Any] = {}
+    for workload, items in make_workloads(count).items():
+        needed = embedding_operations(module.model, module.processor.encode(items))
+        expected = doors[STOCK](items)
+        differences = {name: float(np.abs(door(items) - expected).max()) for name, door in doors.items()}
+        results, rate = alternate({name: partial(door, items) for name, door in doors.items()}, repeats)
+        report[workload] = {
+            name: {
+                "items a second": count / result.median,
+                "against stock": results[STOCK].median / result.median,
+                "share of matmul rate": needed / result.median / rate,
+                "peak MiB": result.peak,
+                "largest difference": differences[name],
+            }
+            for name, result in results.items()
+        }
+    return report

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many floating-point operations a piece of work needs, and how many the machine does in a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modeling_cocoa.modeling_cocoa import CocoaModelMixin
+
+from .models import device
+
+VISION_RATIO = 4
+"""Patches that are merged to one token."""
+
+
+def matmul_rate(seconds: float = 0.3) -> float:
+    """The machine's rate of matrix multiplication in float32, in floating-point operations a second: the median."""
+    on = device()
+    left, right = torch.randn(1024, 2048, device=on), torch.randn(2048, 2048, device=on)
+    rates: list[float] = []
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        begin = time.perf_counter()
+        left @ right
+        if on == "cuda":
+            torch.cuda.synchronize()
+        rates.append(2 * 1024 * 2048 * 2048 / (time.perf_counter() - begin))
+    return float(np.median(rates))
+
+
+def weights_of(modules: Iterable[nn.Module]) -> int:
+    """Entries of the matrices of some modules."""
+    return sum(p.numel() for module in modules for p in module.parameters() if p.dim() == 2)
+
+
+def text_operations(model: CocoaModelMixin, spans: Iterable[tuple[int, int]], eos_only: bool) -> float:
+    """
+    Operations of the text layers, forward.
+
+    Args:
+        model: The backbone.
+        spans (`Iterable[tuple[int, int]]`): Stretches of queries, each with the number of keys that it sees.
+        eos_only (`bool`): Of the last layer, only each stretch's last token.
+
+    Returns:
+        `float`: 2 for each weight of the linear layers and real token, and 4 for each query, key and unit of width.
+    """
+    layers, hidden = model.language_model.layers, model.config.get_text_config().hidden_size
+    spans = list(spans)
+    tokens, products = sum(q for q, _ in spans), sum(q * k for q, k in spans)
+    whole = 2.0 * tokens * weights_of([layers[0]]) + 4.0 * products * hidden
+    if not eos_only:
+        return len(layers) * whole
+    last = layers[-1]
+    keys = weights_of([last.self_attn.k_proj, last.self_attn.v_proj])
+    end = 2.0 * (tokens * keys + len(spans) * (weights_of([last]) - keys)) + 4.0 * sum(k for _, k in spans) * hidden
+    return (len(layers) - 1) * whole + end
+
+
+def vision_operations(model: CocoaModelMixin, grid_thw: Tensor | None) -> float:
+    """Operations of the vision tower, forward: counted as those of the text layers, each image seeing itself."""
+    if grid_thw is None:
+        return 0.0
+    visual, sizes = model.visual, grid_thw.prod(-1).double()
+    width = visual.blocks[0].attn.proj.weight.shape[0]
+    weights = weights_of(visual.blocks) + visual.patch_embed.proj.weight.numel()
+    weights += weights_of([visual.merger]) / VISION_RATIO
+    return float(2 * weights * sizes.sum() + 4 * width * len(visual.blocks) * sizes.square().sum())
+
+
+def embedding_operations(model: CocoaModelMixin, rows: Iterable[dict[str, Tensor]]) -> float:
+    """What embedding needs of rows as `CocoaProcessor.encode` gives them."""
+    rows = list(rows)
+    lengths = [len(row["input_ids"]) for row in rows]
+    images = sum(vision_operations(model, row.get("image_grid_thw")) for row in rows)
+    return images + text_operations(model, [(length, length) for length in lengths], eos_only=True)
