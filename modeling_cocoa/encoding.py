@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -53,6 +55,112 @@ class Window:
         """Tokens of an input."""
         return len(self.rows[position]["input_ids"])
 
+    def take_images(self) -> dict[bytes, tuple[Tensor, Tensor]]:
+        """Pixels and grid of each distinct image, by its digest; the rows lose their pixels."""
+        found: dict[bytes, tuple[Tensor, Tensor]] = {}
+        for position, row in self.rows.items():
+            if "pixel_values" in row:
+                grids = row["image_grid_thw"]
+                pixels = row.pop("pixel_values").split(grids.prod(-1).tolist())
+                found.update(zip(self.images[position], zip(pixels, grids, strict=True), strict=True))
+        return found
+
+
+@dataclass
+class Embedder:
+    """
+    A model, and how many tokens its device can take.
+
+    Args:
+        model ([`CocoaModelMixin`]), processor ([`CocoaProcessor`]).
+        batch_tokens (`int`): Tokens of a batch; halved, with a warning, where a GPU's memory does not suffice.
+        features (`dict[bytes, Tensor]`): Of images, by digest, the least recently used first: what the vision tower
+            gave.
+    """
+
+    model: CocoaModelMixin
+    processor: CocoaProcessor
+    batch_tokens: int
+    features: dict[bytes, Tensor] = field(default_factory=dict)
+
+    def run(
+        self, items: Sequence[T], tokens: Callable[[T], int], most: int | None, work: Callable[[list[T]], None]
+    ) -> None:
+        """
+        Do a work in batches of so many tokens, as even as the items allow: a small last one would be slow.
+
+        Args:
+            items (`Sequence`): Those that are like each other together.
+            tokens (`Callable`): Of an item.
+            most (`int`, *optional*): Items of a batch.
+            work (`Callable`): Called with each batch; again with smaller ones where memory does not suffice.
+
+        Raises:
+            torch.OutOfMemoryError: memory does not suffice for one item alone.
+        """
+        pending = deque(items)
+        left = sum(map(tokens, pending))
+        while pending:
+            even = left / math.ceil(left / self.batch_tokens)
+            batch = [pending.popleft()]
+            total = tokens(batch[0])
+            while pending and len(batch) != most and total < even:
+                if total + tokens(pending[0]) > self.batch_tokens:
+                    break
+                batch.append(pending.popleft())
+                total += tokens(batch[-1])
+            if succeeds(work, batch):
+                left -= total
+                continue
+            pending.extendleft(reversed(batch))
+            self.batch_tokens = max(1, total // 2)
+            logger.warning("The GPU's memory does not suffice; going on with %d tokens a batch.", self.batch_tokens)
+
+    def read_images(self, images: dict[bytes, tuple[Tensor, Tensor]]) -> None:
+        """Have the features of some images, by digest, each of which comes as pixels and grid."""
+        new = [digest for digest in images if digest not in self.features]
+        for digest in images.keys() - set(new):
+            self.features[digest] = self.features.pop(digest)  # used last
+
+        def work(batch: list[bytes]) -> None:
+            pixels = torch.cat([images[digest][0] for digest in batch]).to(self.model.device)
+            grids = torch.stack([images[digest][1] for digest in batch]).to(self.model.device)
+            self.features.update(zip(batch, self.model.read_images(pixels, grids), strict=True))
+
+        self.run(new, lambda digest: len(images[digest][0]) // self.model.visual.spatial_merge_size**2, None, work)
+
+    def forget_images(self, most: int) -> None:
+        """Keep the features of the last images, of so many tokens in all."""
+        tokens = sum(map(len, self.features.values()))
+        while tokens > most:
+            tokens -= len(self.features.pop(next(iter(self.features))))
+
+    def embed(self, window: Window, batch: Sequence[int]) -> Tensor:
+        """The vectors of a batch of a window's inputs, `(inputs, hidden)`, float32, on the CPU."""
+        features: Mapping[str, Tensor] = self.processor.collate([window.rows[position] for position in batch])
+        features = {
+            name: value.to(self.model.device) for name, value in features.items() if not name.startswith("num_")
+        }
+        if "image_grid_thw" in features:
+            digests = [digest for position in batch for digest in window.images[position]]
+            features["image_features"] = torch.cat([self.features[digest] for digest in digests])
+        vectors = self.model(**features, eos_only=True).pooler_output.float().cpu()
+        # Again, since half precision rounds a unit vector to one that is none.
+        return nn.functional.normalize(vectors, dim=-1)
+
+
+def succeeds(work: Callable[[list[T]], None], batch: list[T]) -> bool:
+    """Whether a GPU's memory suffices for a work on several items together."""
+    try:
+        work(batch)
+        return True
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    # Here, not above: the error keeps what it interrupted in memory.
+    torch.cuda.empty_cache()
+    return False
+
 
 def encode_inputs(
     model: CocoaModelMixin,
@@ -69,8 +177,9 @@ def encode_inputs(
 
     Batches are filled up to a number of tokens, images counted at their true number, with inputs of similar length
     together; an input that is longer alone makes a batch of its own. Inputs that are the same are computed once, and
-    an image that several inputs of a batch share passes the vision tower once. Memory does not grow with the number of
-    inputs beyond the vectors themselves. On a GPU, the next inputs are read while it works.
+    an image that several inputs share passes the vision tower once (again where so many others came between that its
+    features were let go). Memory does not grow with the number of inputs beyond the vectors themselves. On a GPU, the
+    next inputs are read while it works.
 
     Args:
         model, processor: What embeds, on the model's device.
@@ -95,61 +204,70 @@ def encode_inputs(
     check_list(inputs)
     on_cpu = model.device.type == "cpu"
     batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
+    embedder = Embedder(model, processor, batch_tokens)
     vectors = torch.empty(len(inputs), model.config.get_text_config().hidden_size)
-    windows = read_windows(processor, inputs, prompt, IMAGE_BATCHES_AT_ONCE * batch_tokens * TOKEN_PIXELS)
+    windows = read_windows(processor, inputs, prompt, batch_tokens * TOKEN_PIXELS)
     with torch.inference_mode(), tqdm(total=len(inputs), unit="input", disable=not show_progress_bar) as bar:
         for window in windows if on_cpu else read_ahead(windows):
-            pending = cut(window, sorted(window.rows, key=window.length), batch_tokens, batch_size)
-            while pending:
-                batch = pending.pop()
-                output = try_embed(model, processor, window, batch)
-                if output is None:
-                    batch_tokens = max(1, sum(map(window.length, batch)) // 2)
-                    logger.warning("The GPU's memory does not suffice; going on with %d tokens a batch.", batch_tokens)
-                    rest = [*batch, *(position for later in reversed(pending) for position in later)]
-                    pending = cut(window, rest, batch_tokens, batch_size)
-                    continue
-                vectors[torch.tensor(batch)] = output
+            embedder.read_images(window.take_images())
+
+            def work(batch: list[int], window: Window = window) -> None:
+                vectors[torch.tensor(batch)] = embedder.embed(window, batch)
                 bar.update(len(batch))
+
+            embedder.run(sorted(window.rows, key=window.length), window.length, batch_size, work)
             for position, first in window.repeated.items():
                 vectors[position] = vectors[first]
             bar.update(len(window.repeated))
             window.rows.clear()  # now, not when the next ones have been read beside them
+            embedder.forget_images(IMAGE_BATCHES_AT_ONCE * batch_tokens)
     return vectors
 
 
 def read_windows(
     processor: CocoaProcessor, inputs: Sequence[Any], prompt: str | None, pixels_at_once: int
 ) -> Iterator[Window]:
-    """The inputs, read and made into tensors, as many at a time as memory should hold; repeated ones are named."""
+    """
+    The inputs, read and made into tensors; inputs that are repeated are named.
+
+    Args:
+        pixels_at_once (`int`): Pixels of the images that are made into tensors at once; a window holds those of
+            [`IMAGE_BATCHES_AT_ONCE`] times.
+    """
     largest = processor.image_processor.size["longest_edge"]
     seen: dict[bytes, int] = {}
-    conversations: dict[int, Conversation] = {}
-    window, pixels = Window(), 0
+    pending: dict[int, Conversation] = {}
+    window, parts, pixels = Window(), 0, 0
 
-    def complete() -> Window:
-        positions = list(conversations)
+    def process() -> None:
+        if not pending:
+            return
+        positions = list(pending)
         try:
-            rows = processor.encode(list(conversations.values()), prompt=prompt)
+            rows = processor.encode(list(pending.values()), prompt=prompt)
         except CocoaInputError as error:
             raise CocoaInputError(error.reason, positions[error.position or 0]) from error
-        window.rows = dict(zip(positions, rows, strict=True))
-        conversations.clear()
-        return window
+        window.rows.update(zip(positions, rows, strict=True))
+        pending.clear()
 
     for position, conversation in enumerate(processor.read(inputs)):
         first = seen.setdefault(conversation.digest, position)
         if first != position:
             window.repeated[position] = first
-        else:
-            conversations[position] = conversation
-            window.images[position] = conversation.image_digests
-            pixels += conversation.pixels(largest)
-        if len(conversations) == INPUTS_AT_ONCE or pixels >= pixels_at_once:
-            yield complete()
-            window, pixels = Window(), 0
-    if conversations or window.repeated:
-        yield complete()
+            continue
+        pending[position] = conversation
+        window.images[position] = conversation.image_digests
+        pixels += conversation.pixels(largest)
+        if pixels >= pixels_at_once:
+            process()
+            parts, pixels = parts + 1, 0
+        if parts == IMAGE_BATCHES_AT_ONCE or len(window.images) == INPUTS_AT_ONCE:
+            process()
+            yield window
+            window, parts, pixels = Window(), 0, 0
+    if window.images or window.repeated:
+        process()
+        yield window
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
@@ -159,59 +277,3 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
         while (item := future.result()) is not None:
             future = worker.submit(next, items, None)
             yield item
-
-
-def cut(window: Window, order: Sequence[int], batch_tokens: int, batch_size: int | None) -> list[list[int]]:
-    """The inputs in the given order, cut where a batch would exceed its tokens or its number; the last batch first."""
-    batches: list[list[int]] = []
-    tokens = 0
-    for position in order:
-        length = window.length(position)
-        if not batches or tokens + length > batch_tokens or len(batches[-1]) == batch_size:
-            batches.append([])
-            tokens = 0
-        batches[-1].append(position)
-        tokens += length
-    return batches[::-1]
-
-
-def try_embed(
-    model: CocoaModelMixin, processor: CocoaProcessor, window: Window, batch: Sequence[int]
-) -> Tensor | None:
-    """The vectors of a batch, or `None` where the GPU's memory does not suffice for several inputs together."""
-    try:
-        return embed(model, processor, window, batch)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-    # Here, not above: the error keeps what it interrupted in memory.
-    torch.cuda.empty_cache()
-    return None
-
-
-def embed(model: CocoaModelMixin, processor: CocoaProcessor, window: Window, batch: Sequence[int]) -> Tensor:
-    """The vectors of a batch, `(inputs, hidden)`, float32, on the CPU."""
-    places: dict[bytes, int] = {}
-    pixels, grids, index, slim = [], [], [], []
-    for position in batch:
-        row = window.rows[position]
-        if "pixel_values" in row:
-            sizes = row["image_grid_thw"].prod(-1).tolist()
-            parts = zip(window.images[position], row["pixel_values"].split(sizes), row["image_grid_thw"], strict=True)
-            for digest, values, grid in parts:
-                if digest not in places:
-                    places[digest] = len(places)
-                    pixels.append(values)
-                    grids.append(grid)
-                index.append(places[digest])
-        slim.append({name: value for name, value in row.items() if name not in ("pixel_values", "image_grid_thw")})
-    features: Mapping[str, Tensor] = processor.collate(slim)
-    features = {name: value for name, value in features.items() if not name.startswith("num_")}
-    if pixels:
-        features["pixel_values"] = torch.cat(pixels)
-        features["image_grid_thw"] = torch.stack(grids)
-        features["image_index"] = torch.tensor(index)
-    features = {name: value.to(model.device) for name, value in features.items()}
-    vectors = model(**features, eos_only=True).pooler_output.float().cpu()
-    # Again, since half precision rounds a unit vector to one that is none.
-    return nn.functional.normalize(vectors, dim=-1)

@@ -13,7 +13,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2MLP,
 )
 
-from .layers import GatedMLP, PackedDecoderLayer, PackedVisionAttention, PatchConvolution, RMSNorm
+from .layers import GatedMLP, Linear, PackedDecoderLayer, PackedVisionAttention, PatchConvolution, RMSNorm
 from .modeling_cocoa import CocoaModelMixin
 
 
@@ -45,6 +45,7 @@ class CocoaQwen2_5_VLModel(CocoaModelMixin, Qwen2_5_VLModel):
         Qwen2_5_VLDecoderLayer: CocoaQwen2_5_VLDecoderLayer,
         Qwen2_5_VLVisionAttention: CocoaQwen2_5_VLVisionAttention,
         nn.Conv3d: PatchConvolution,
+        nn.Linear: Linear,
         Qwen2MLP: CocoaQwen2_5_VLMLP,
         Qwen2_5_VLRMSNorm: CocoaQwen2_5_VLRMSNorm,
         Qwen2_5_VLMLP: CocoaQwen2_5_VLVisionMLP,

@@ -24,15 +24,26 @@ def module(request, processor):
 
 
 def counted(module, monkeypatch):
-    """Rows and images of each forward pass."""
+    """Rows and tokens of each forward pass."""
     calls, forward = [], module.model.forward
 
     def count(**batch):
-        images = len(batch["image_grid_thw"]) if "image_grid_thw" in batch else 0
-        calls.append((len(batch["input_ids"]), int(batch["attention_mask"].sum()), images))
+        calls.append((len(batch["input_ids"]), int(batch["attention_mask"].sum())))
         return forward(**batch)
 
     monkeypatch.setattr(module.model, "forward", count)
+    return calls
+
+
+def counted_images(module, monkeypatch):
+    """Images of each pass through the vision tower."""
+    calls, read = [], module.model.get_image_features
+
+    def count(pixel_values, image_grid_thw, **options):
+        calls.append(len(image_grid_thw))
+        return read(pixel_values, image_grid_thw, **options)
+
+    monkeypatch.setattr(module.model, "get_image_features", count)
     return calls
 
 
@@ -48,8 +59,8 @@ def test_batches_keep_to_their_tokens(module, monkeypatch):
     calls = counted(module, monkeypatch)
     texts = ["a cat"] * 3 + [f"a red apple {number}" for number in range(9)] + ["a nerd face with glasses " * 20]
     module.encode(texts, batch_tokens=40)
-    assert all(tokens <= 40 or rows == 1 for rows, tokens, _ in calls)
-    assert any(tokens > 40 for _, tokens, _ in calls), "an input beyond the budget runs alone"
+    assert all(tokens <= 40 or rows == 1 for rows, tokens in calls)
+    assert any(tokens > 40 for _, tokens in calls), "an input beyond the budget runs alone"
     assert len(calls) < 9
 
 
@@ -57,20 +68,39 @@ def test_the_same_input_is_computed_once(module, image, monkeypatch):
     monkeypatch.setattr(encoding, "INPUTS_AT_ONCE", 3)
     calls = counted(module, monkeypatch)
     vectors = module.encode(["a cat", image, "a cat", image.copy(), "a cat", "a dog"])
-    assert sum(rows for rows, _, _ in calls) == 3
+    assert sum(rows for rows, _ in calls) == 3
     assert np.array_equal(vectors[0], vectors[2]) and np.array_equal(vectors[0], vectors[4])
     assert np.array_equal(vectors[1], vectors[3])
     assert np.abs(vectors[0] - vectors[5]).max() > 1e-3
 
 
-def test_an_image_of_several_inputs_passes_the_vision_tower_once(module, image, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"batch_size": 1}])
+def test_an_image_of_several_inputs_passes_the_vision_tower_once(module, image, monkeypatch, options):
     other = make_image(48, 32, seed=5)
     items = [{"image": image, "text": text} for text in ("what is it?", "which colour?")]
     items += [{"image": other, "text": "what is it?"}, {"images": [image, other]}]
     expected = np.concatenate([module.encode([item]) for item in items])
-    calls = counted(module, monkeypatch)
-    np.testing.assert_allclose(module.encode(items), expected, atol=1e-5, rtol=0)
-    assert [images for _, _, images in calls] == [2]
+    calls = counted_images(module, monkeypatch)
+    np.testing.assert_allclose(module.encode(items, **options), expected, atol=1e-5, rtol=0)
+    assert sum(calls) == 2
+
+
+def test_the_features_of_the_last_images_are_kept(module, monkeypatch):
+    """From one part of the inputs to the next, but no more than so many tokens of them."""
+    monkeypatch.setattr(encoding, "INPUTS_AT_ONCE", 2)
+    images = [make_image(40, 40, seed=number) for number in range(4)]
+    items = [
+        {"image": images[number], "text": f"{place} what is it?"} for place, number in enumerate([0, 1, 0, 2, 0, 1])
+    ]
+    tokens = int(module.processor.encode(images[:1])[0]["mm_token_type_ids"].sum())
+    expected = np.concatenate([module.encode([item]) for item in items])
+    calls = counted_images(module, monkeypatch)
+    np.testing.assert_allclose(module.encode(items, batch_tokens=2 * tokens), expected, atol=1e-5, rtol=0)
+    assert calls == [2, 1], "0 and 1, then 2"
+    calls.clear()
+    monkeypatch.setattr(encoding, "IMAGE_BATCHES_AT_ONCE", 1)
+    np.testing.assert_allclose(module.encode(items, batch_tokens=2 * tokens), expected, atol=1e-5, rtol=0)
+    assert calls == [2, 1, 1], "1 was let go for 2, then read again beside 0, which is kept"
 
 
 @torch.no_grad()
@@ -90,7 +120,7 @@ def test_large_images_come_a_few_at_a_time(module, monkeypatch):
     monkeypatch.setattr(module.processor, "encode", lambda part, **options: read.append(len(part)) or encode(part))
     monkeypatch.setattr(encoding, "TOKEN_PIXELS", 20 * 40)
     monkeypatch.setattr(encoding, "IMAGE_BATCHES_AT_ONCE", 2)
-    np.testing.assert_allclose(module.encode(images, batch_tokens=2), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(module.encode(images, batch_tokens=4), expected, atol=1e-5, rtol=0)
     assert read == [2, 2, 2, 1]
 
 

@@ -251,7 +251,7 @@ def test_what_cannot_be_heeded_is_refused(backbone):
         backbone(input_ids=ids, mm_encoder_outputs={})
     batch = batch_of(rows(torch.Generator().manual_seed(3))[1:2])
     del batch["pixel_values"]
-    with pytest.raises(ValueError, match="images' pixels and their grids"):
+    with pytest.raises(ValueError, match="images' pixels .or features. and their grids"):
         backbone(**batch)
 
 
