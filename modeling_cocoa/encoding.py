@@ -30,8 +30,8 @@ IMAGE_BATCHES_AT_ONCE = 4
 TOKEN_PIXELS = 28 * 28
 """Pixels of an image that make one token."""
 
-CPU_BATCH_TOKENS = 1024
-"""On a CPU: what its caches hold of a layer of a small model. Larger batches measured slower."""
+CPU_BATCH_TOKENS = 2048
+"""On a CPU: a tenth faster than 768, and no slower than 3,072."""
 GPU_BATCH_TOKENS = 8192
 """On anything else."""
 
@@ -118,7 +118,9 @@ class Embedder:
 
     def read_images(self, images: dict[bytes, tuple[Tensor, Tensor]]) -> None:
         """Have the features of some images, by digest, each of which comes as pixels and grid."""
-        new = [digest for digest in images if digest not in self.features]
+        new = sorted(
+            (digest for digest in images if digest not in self.features), key=lambda digest: len(images[digest][0])
+        )
         for digest in images.keys() - set(new):
             self.features[digest] = self.features.pop(digest)  # used last
 
@@ -185,7 +187,7 @@ def encode_inputs(
         model, processor: What embeds, on the model's device.
         inputs (`Sequence`): As in [`CocoaProcessor.encode`].
         prompt (`str`, *optional*): As in [`CocoaProcessor.encode`].
-        batch_tokens (`int`, *optional*): Tokens of a batch; by default 1,024 on a CPU, 8,192 elsewhere. Halved, with a
+        batch_tokens (`int`, *optional*): Tokens of a batch; by default 2,048 on a CPU, 8,192 elsewhere. Halved, with a
             warning, where a GPU's memory does not suffice.
         batch_size (`int`, *optional*): At most so many inputs a batch.
         show_progress_bar (`bool`, defaults to `False`): Count inputs.

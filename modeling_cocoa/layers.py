@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 
 from .packing import Packing, Spans, attend, attend_spans
 
-CONVOLUTION_ROWS = 512
+CONVOLUTION_ROWS = 384
 """Rows from which a pointwise convolution beats a matrix product on a CPU; with fewer, it is slower."""
 
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
@@ -96,9 +96,10 @@ class PackedVisionAttention:
             return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
         lengths, order = cu_seqlens.diff().sort(stable=True)
         spans = Spans(lengths.tolist())
-        query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        cos, sin = (factor.float() for factor in rotary_factors(position_embeddings))
-        query, key = (rotate(part.float(), cos, sin).to(value.dtype) for part in (query, key))
+        both, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=1)
+        cos, sin = (factor.float()[:, None] for factor in rotary_factors(position_embeddings))
+        query, key = rotate(both.float(), cos, sin).to(value.dtype).unbind(1)
+        value = value[:, 0]
         in_order = bool((order[1:] > order[:-1]).all())
         if not in_order:
             starts = cu_seqlens[:-1][order]
@@ -120,7 +121,7 @@ class PatchConvolution(nn.Conv3d):
 
     def forward(self, patches: Tensor) -> Tensor:
         """`(patches, channels, time, height, width)`, each of the kernel's size, to `(patches, hidden, 1, 1, 1)`."""
-        return nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None, None]
+        return multiply(patches.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None, None]
 
 
 class GatedMLP:
@@ -135,34 +136,40 @@ class GatedMLP:
 
 
 class Linear(nn.Linear):
+    """The linear layer with [`multiply`] for its product."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        return multiply(inputs, self.weight, self.bias)
+
+
+def multiply(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
-    A linear layer that on a CPU, in float32 and without gradient, multiplies many rows as a pointwise convolution.
+    [`~torch.nn.functional.linear`]; on a CPU, in float32 and without gradient, many rows as a pointwise convolution.
 
     torch gives matrix products to MKL and convolutions to oneDNN, which is the faster of the two: by a tenth on an AMD
     EPYC, with 1,000 rows and the widths of a 118M-parameter model.
+
+    Args:
+        inputs (`Tensor` of shape `(..., in_features)`).
+        weight (`Tensor` of shape `(out_features, in_features)`), bias (`Tensor`, *optional*).
     """
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """`(rows, in_features)` to `(rows, out_features)`; any other shape as the stock layer."""
-        if not self.is_convolved(inputs):
-            return super().forward(inputs)
-        # Rows are the width of an image of one line whose channels lie last: none of these views copies.
-        image = inputs[None, None].permute(0, 3, 1, 2)
-        return nn.functional.conv2d(image, self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1)[0, 0]
-
-    def is_convolved(self, inputs: Tensor) -> bool:
-        """Whether these inputs take the faster way: plain weights only, no quantized or sharded ones."""
-        return (
-            inputs.device.type == "cpu"
-            and inputs.dim() == 2
-            and len(inputs) >= CONVOLUTION_ROWS
-            and inputs.dtype == torch.float32
-            and type(self.weight) is nn.Parameter
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and torch.backends.mkl.is_available()
-            and torch.backends.mkldnn.is_available()
-        )
+    is_convolved = (
+        inputs.device.type == "cpu"
+        and inputs.dim() == 2
+        and len(inputs) >= CONVOLUTION_ROWS
+        and inputs.dtype == weight.dtype == torch.float32
+        and type(weight) in (nn.Parameter, Tensor)  # neither quantized nor sharded
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+    )
+    if not is_convolved:
+        return nn.functional.linear(inputs, weight, bias)
+    # Rows are the width of an image of one line whose channels lie last: none of these views copies.
+    image = inputs[None, None].permute(0, 3, 1, 2)
+    return nn.functional.conv2d(image, weight[:, :, None, None], bias).permute(0, 2, 3, 1)[0, 0]
 
 
 @cache

@@ -310,22 +310,19 @@ class CocoaModelMixin:
         keep_freed_memory()
         sizes = grid_thw.prod(-1)
         order = sizes.argsort(stable=True)
-        limit = CPU_VISION_PATCHES if pixel_values.device.type == "cpu" else int(sizes.sum())
-        parts: list[list[int]] = []
-        patches = 0
-        for image, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
-            if not parts or patches + size > limit:
-                parts.append([])
-                patches = 0
-            parts[-1].append(image)
-            patches += size
-        values = pixel_values.split(sizes.tolist())
-        features: dict[int, Tensor] = {}
-        for part in parts:
-            pixels = torch.cat([values[image] for image in part])
-            found = self.get_image_features(pixels, grid_thw[part], return_dict=True).pooler_output
-            features.update(zip(part, found, strict=True))
-        return [features[image] for image in range(len(values))]
+        if bool((order[1:] < order[:-1]).any()):
+            values = pixel_values.split(sizes.tolist())
+            pixel_values = torch.cat([values[image] for image in order.tolist()])
+        limit = CPU_VISION_PATCHES if pixel_values.device.type == "cpu" else len(pixel_values)
+        features: list[Tensor] = []
+        done = 0
+        for grids in split_by_patches(grid_thw[order], limit):
+            patches = int(grids.prod(-1).sum())
+            pixels = pixel_values[done : done + patches]
+            features += self.get_image_features(pixels, grids, return_dict=True).pooler_output
+            done += patches
+        places = order.argsort().tolist()
+        return [features[place] for place in places]
 
     def forward_packed(
         self,
@@ -379,6 +376,18 @@ class CocoaModelMixin:
             is_last = layer is text.layers[-1]
             hidden = layer(hidden, packing=packing, eos_only=eos_only and is_last, position_embeddings=rotary)
         return text.norm(hidden)
+
+
+def split_by_patches(grid_thw: Tensor, limit: int) -> list[Tensor]:
+    """Grids of images `(images, 3)`, parted so that each part has at most so many patches, or one image."""
+    counts, patches = [], 0
+    for size in grid_thw.prod(-1).tolist():
+        if not counts or patches + size > limit:
+            counts.append(0)
+            patches = 0
+        counts[-1] += 1
+        patches += size
+    return list(grid_thw.split(counts))
 
 
 def read_model_type(name_or_path: str | os.PathLike, **kwargs: Any) -> str | None:

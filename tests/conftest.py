@@ -86,6 +86,12 @@ def sharpen(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 def pytest_sessionfinish() -> None:
     """Remove the copies of remote code."""
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)

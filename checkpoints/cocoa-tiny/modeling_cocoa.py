@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from .attention import FLEX_ATTENTION
 from .configuration_cocoa import CocoaConfig
-from .layers import merged_rotary
+from .layers import keep_freed_memory, merged_rotary
 from .packing import Packing, pack
 from .pooling import EosPooler
 
@@ -213,7 +212,7 @@ class CocoaModelMixin:
         video_grid_thw: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         second_per_grid_ts: Tensor | None = None,
-        image_index: Tensor | None = None,
+        image_features: Tensor | None = None,
         eos_only: bool = False,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
@@ -231,8 +230,9 @@ class CocoaModelMixin:
             mm_token_type_ids (`Tensor` of shape `(batch, tokens)`, *optional*): Accepted since processors give it;
                 the ids say the same.
             second_per_grid_ts (`Tensor` of shape `(videos,)`, *optional*): Seconds a temporal patch, for Qwen2.5-VL.
-            image_index (`Tensor` of shape `(images,)`, *optional*): Which image of `pixel_values` each image of the
-                ids is, where one occurs several times: it passes the vision tower once. By default each its own.
+            image_features (`Tensor` of shape `(image tokens, hidden)`, *optional*): With `image_grid_thw`, instead of
+                `pixel_values`: what [`~CocoaModelMixin.read_images`] gave for the images, one after another. So an
+                image that occurs several times passes the vision tower once.
             eos_only (`bool`, defaults to `False`): Give the embeddings alone, and have the last layer compute no other
                 token: faster, with the same gradients.
             use_cache, return_dict (*optional*): Accepted since callers pass them; there is no cache, and the result is
@@ -246,15 +246,13 @@ class CocoaModelMixin:
         """
         if attention_mask is None and input_ids is not None:
             attention_mask = torch.ones_like(input_ids)
-        for kind, pixels, grid in (
-            ("image", pixel_values, image_grid_thw),
-            ("video", pixel_values_videos, video_grid_thw),
+        for kind, given, grid in (
+            ("image", (pixel_values, image_features), image_grid_thw),
+            ("video", (pixel_values_videos,), video_grid_thw),
         ):
-            if (pixels is None) != (grid is None) and inputs_embeds is None:
-                raise ValueError(f"Give the {kind}s' pixels and their grids, or neither.")
-        distinct_grid_thw = image_grid_thw
-        if image_index is not None:
-            image_grid_thw = distinct_grid_thw[image_index]
+            found = sum(part is not None for part in given)
+            if found > 1 or (found == 1) != (grid is not None) and inputs_embeds is None:
+                raise ValueError(f"Give the {kind}s' pixels (or features) and their grids, or neither.")
         if input_ids is not None:
             self.check_media(input_ids, self.config.image_token_id, image_grid_thw, "image")
             self.check_media(input_ids, self.config.video_token_id, video_grid_thw, "video")
@@ -268,15 +266,16 @@ class CocoaModelMixin:
         if input_ids is not None and self.language_model.config._attn_implementation != "eager":
             media = {}
             if pixel_values is not None:
-                images = self.read_images(pixel_values, distinct_grid_thw)
-                order = range(len(images)) if image_index is None else image_index.tolist()
-                media[self.config.image_token_id] = torch.cat([images[index] for index in order])
+                image_features = torch.cat(self.read_images(pixel_values, image_grid_thw))
+            if image_features is not None:
+                media[self.config.image_token_id] = image_features
             if pixel_values_videos is not None:
                 media[self.config.video_token_id] = torch.cat(self.read_images(pixel_values_videos, video_grid_thw))
             return self.forward_packed(input_ids, attention_mask, position_ids, inputs_embeds, media, eos_only)
-        if image_index is not None:
-            patches = pixel_values.split(distinct_grid_thw.prod(-1).tolist())
-            pixel_values = torch.cat([patches[index] for index in image_index.tolist()])
+        if image_features is not None:
+            inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+            is_image = (input_ids == self.config.image_token_id)[..., None]
+            inputs_embeds = inputs_embeds.masked_scatter(is_image, image_features.to(inputs_embeds))
         hidden = (
             super()
             .forward(
@@ -298,7 +297,8 @@ class CocoaModelMixin:
 
     def read_images(self, pixel_values: Tensor, grid_thw: Tensor) -> list[Tensor]:
         """
-        Features of images (or videos) from the vision tower, on a CPU a few at a time.
+        Features of images (or videos) from the vision tower: those of equal size attend together; on a CPU a few at a
+        time.
 
         Args:
             pixel_values (`Tensor` of shape `(patches, channels * time * height * width)`).
@@ -307,20 +307,22 @@ class CocoaModelMixin:
         Returns:
             `list[Tensor]`: One an image, of shape `(tokens, hidden)`.
         """
-        sizes = grid_thw.prod(-1).tolist()
-        limit = CPU_VISION_PATCHES if pixel_values.device.type == "cpu" else sum(sizes)
-        cuts, patches = [0], 0
-        for image, size in enumerate(sizes):
-            if patches and patches + size > limit:
-                cuts.append(image)
-                patches = 0
-            patches += size
+        keep_freed_memory()
+        sizes = grid_thw.prod(-1)
+        order = sizes.argsort(stable=True)
+        if bool((order[1:] < order[:-1]).any()):
+            values = pixel_values.split(sizes.tolist())
+            pixel_values = torch.cat([values[image] for image in order.tolist()])
+        limit = CPU_VISION_PATCHES if pixel_values.device.type == "cpu" else len(pixel_values)
         features: list[Tensor] = []
-        images = [b - a for a, b in pairwise([*cuts, len(sizes)])]
-        grids = grid_thw.split(images)
-        for values, grid in zip(pixel_values.split([int(g.prod(-1).sum()) for g in grids]), grids, strict=True):
-            features += self.get_image_features(values, grid, return_dict=True).pooler_output
-        return features
+        done = 0
+        for grids in split_by_patches(grid_thw[order], limit):
+            patches = int(grids.prod(-1).sum())
+            pixels = pixel_values[done : done + patches]
+            features += self.get_image_features(pixels, grids, return_dict=True).pooler_output
+            done += patches
+        places = order.argsort().tolist()
+        return [features[place] for place in places]
 
     def forward_packed(
         self,
@@ -332,6 +334,7 @@ class CocoaModelMixin:
         eos_only: bool,
     ) -> CocoaModelOutput:
         """[`~CocoaModelMixin.forward`] on one row without padding; `media`: features, by the id of their tokens."""
+        keep_freed_memory()
         packing = pack(attention_mask.long())
         ids = input_ids.flatten()[packing.index]
         self.pooler.check(ids[packing.eos])
@@ -373,6 +376,18 @@ class CocoaModelMixin:
             is_last = layer is text.layers[-1]
             hidden = layer(hidden, packing=packing, eos_only=eos_only and is_last, position_embeddings=rotary)
         return text.norm(hidden)
+
+
+def split_by_patches(grid_thw: Tensor, limit: int) -> list[Tensor]:
+    """Grids of images `(images, 3)`, parted so that each part has at most so many patches, or one image."""
+    counts, patches = [], 0
+    for size in grid_thw.prod(-1).tolist():
+        if not counts or patches + size > limit:
+            counts.append(0)
+            patches = 0
+        counts[-1] += 1
+        patches += size
+    return list(grid_thw.split(counts))
 
 
 def read_model_type(name_or_path: str | os.PathLike, **kwargs: Any) -> str | None:

@@ -13,7 +13,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     VisionAttention,
 )
 
-from .layers import GatedMLP, PackedDecoderLayer, PackedVisionAttention, PatchConvolution, QuickGELU, RMSNorm
+from .layers import GatedMLP, Linear, PackedDecoderLayer, PackedVisionAttention, PatchConvolution, QuickGELU, RMSNorm
 from .modeling_cocoa import CocoaModelMixin
 
 
@@ -45,6 +45,7 @@ class CocoaQwen2VLModel(CocoaModelMixin, Qwen2VLModel):
         Qwen2VLDecoderLayer: CocoaQwen2VLDecoderLayer,
         VisionAttention: CocoaQwen2VLVisionAttention,
         nn.Conv3d: PatchConvolution,
+        nn.Linear: Linear,
         Qwen2MLP: CocoaQwen2VLMLP,
         Qwen2VLRMSNorm: CocoaQwen2VLRMSNorm,
         QuickGELUActivation: CocoaQuickGELU,

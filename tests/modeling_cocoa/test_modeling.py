@@ -17,7 +17,6 @@ from tests.conftest import (
     tiny_config,
 )
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CPU_BACKENDS = ("sdpa", "eager", FLEX_ATTENTION)
 PATCH_VALUES = 3 * 2 * 8 * 8
 
@@ -159,7 +158,6 @@ def test_gradients_are_those_without_checkpointing(backbone):
         torch.testing.assert_close(checkpointed[name], plain[name], atol=1e-5, rtol=1e-4)
 
 
-@GPU
 @pytest.mark.gpu
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2", FLEX_ATTENTION])

@@ -276,7 +276,6 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(model_type, bridge, 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("implementation", ["sdpa", FLEX_ATTENTION])
 @pytest.mark.parametrize("direction", PARTS)
 def test_losses_and_gradients_on_a_gpu_are_those_of_the_cpu(model_type, implementation, direction):

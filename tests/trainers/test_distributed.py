@@ -44,7 +44,9 @@ trainer.save_model(os.path.join(folder, "final"))
 if trainer.is_world_process_zero():
     with open(os.path.join(folder, "log.json"), "w") as file:
         json.dump(trainer.state.log_history, file)
-trainer.accelerator.end_training()  # a process that ends while another still talks to it may crash
+# Gloo's threads may still hold tensors of the last call, and crash a process that ends before they let go.
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
 """
 
 
