@@ -25,8 +25,10 @@ T = TypeVar("T")
 
 INPUTS_AT_ONCE = 1024
 """Inputs from which batches are made up at a time, so that memory does not grow with their number ..."""
-IMAGE_BATCHES_AT_ONCE = 4
+IMAGE_BATCHES_AT_ONCE = 2
 """... nor with their size: fewer inputs, where their images alone fill so many batches."""
+IMAGE_TOKENS_OF_A_PART = 1024
+"""Tokens of the images whose pixels, 18 MiB, are held at once; their features take a tenth of that."""
 TOKEN_PIXELS = 28 * 28
 """Pixels of an image that make one token."""
 
@@ -45,11 +47,19 @@ class Window:
         rows (`dict[int, dict]`): Of each distinct input, by its position: what [`CocoaProcessor.encode`] gives.
         images (`dict[int, list[bytes]]`): Of each of these, its images' digests.
         repeated (`dict[int, int]`): Positions of inputs that occurred before, and where.
+        is_part (`bool`): Whether more inputs follow that should share batches with these.
     """
 
     rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     images: dict[int, list[bytes]] = field(default_factory=dict)
     repeated: dict[int, int] = field(default_factory=dict)
+    is_part: bool = False
+
+    def add(self, part: Window) -> None:
+        """Take the inputs of a part in."""
+        self.rows.update(part.rows)
+        self.images.update(part.images)
+        self.repeated.update(part.repeated)
 
     def length(self, position: int) -> int:
         """Tokens of an input."""
@@ -73,14 +83,14 @@ class Embedder:
 
     Args:
         model ([`CocoaModelMixin`]), processor ([`CocoaProcessor`]).
-        batch_tokens (`int`): Tokens of a batch; halved, with a warning, where a GPU's memory does not suffice.
+        batch_tokens (`float`): Tokens of a batch; halved, with a warning, where a GPU's memory does not suffice.
         features (`dict[bytes, Tensor]`): Of images, by digest, the least recently used first: what the vision tower
             gave.
     """
 
     model: CocoaModelMixin
     processor: CocoaProcessor
-    batch_tokens: int
+    batch_tokens: float
     features: dict[bytes, Tensor] = field(default_factory=dict)
 
     def run(
@@ -101,7 +111,7 @@ class Embedder:
         pending = deque(items)
         left = sum(map(tokens, pending))
         while pending:
-            even = left / math.ceil(left / self.batch_tokens)
+            even = left / max(1, math.ceil(left / self.batch_tokens))
             batch = [pending.popleft()]
             total = tokens(batch[0])
             while pending and len(batch) != most and total < even:
@@ -121,8 +131,9 @@ class Embedder:
         new = sorted(
             (digest for digest in images if digest not in self.features), key=lambda digest: len(images[digest][0])
         )
-        for digest in images.keys() - set(new):
-            self.features[digest] = self.features.pop(digest)  # used last
+        for digest in images:
+            if digest in self.features:
+                self.features[digest] = self.features.pop(digest)  # used last
 
         def work(batch: list[bytes]) -> None:
             pixels = torch.cat([images[digest][0] for digest in batch]).to(self.model.device)
@@ -187,9 +198,9 @@ def encode_inputs(
         model, processor: What embeds, on the model's device.
         inputs (`Sequence`): As in [`CocoaProcessor.encode`].
         prompt (`str`, *optional*): As in [`CocoaProcessor.encode`].
-        batch_tokens (`int`, *optional*): Tokens of a batch; by default 2,048 on a CPU, 8,192 elsewhere. Halved, with a
-            warning, where a GPU's memory does not suffice.
-        batch_size (`int`, *optional*): At most so many inputs a batch.
+        batch_tokens (`int`, *optional*): Tokens of a batch; by default 2,048 on a CPU, 8,192 elsewhere, and any number
+            where `batch_size` is given. Halved, with a warning, where a GPU's memory does not suffice.
+        batch_size (`int`, *optional*): Inputs of a batch.
         show_progress_bar (`bool`, defaults to `False`): Count inputs.
 
     Returns:
@@ -205,13 +216,20 @@ def encode_inputs(
             raise ValueError(f"{name} must be 1 or more; got {value}.")
     check_list(inputs)
     on_cpu = model.device.type == "cpu"
-    batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
+    default_tokens = CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS
+    image_tokens = IMAGE_BATCHES_AT_ONCE * (batch_tokens or default_tokens)
+    if batch_tokens is None:
+        batch_tokens = math.inf if batch_size else default_tokens
     embedder = Embedder(model, processor, batch_tokens)
     vectors = torch.empty(len(inputs), model.config.get_text_config().hidden_size)
-    windows = read_windows(processor, inputs, prompt, batch_tokens * TOKEN_PIXELS)
+    parts = read_parts(processor, inputs, prompt, image_tokens)
     with torch.inference_mode(), tqdm(total=len(inputs), unit="input", disable=not show_progress_bar) as bar:
-        for window in windows if on_cpu else read_ahead(windows):
-            embedder.read_images(window.take_images())
+        window = Window()
+        for part in parts if on_cpu else read_ahead(parts):
+            embedder.read_images(part.take_images())
+            window.add(part)
+            if part.is_part:
+                continue
 
             def work(batch: list[int], window: Window = window) -> None:
                 vectors[torch.tensor(batch)] = embedder.embed(window, batch)
@@ -221,55 +239,55 @@ def encode_inputs(
             for position, first in window.repeated.items():
                 vectors[position] = vectors[first]
             bar.update(len(window.repeated))
-            window.rows.clear()  # now, not when the next ones have been read beside them
-            embedder.forget_images(IMAGE_BATCHES_AT_ONCE * batch_tokens)
+            window = Window()
+            embedder.forget_images(image_tokens)
     return vectors
 
 
-def read_windows(
-    processor: CocoaProcessor, inputs: Sequence[Any], prompt: str | None, pixels_at_once: int
+def read_parts(
+    processor: CocoaProcessor, inputs: Sequence[Any], prompt: str | None, image_tokens: int
 ) -> Iterator[Window]:
     """
-    The inputs, read and made into tensors; inputs that are repeated are named.
+    The inputs, read and made into tensors: parts of windows, whose pixels are few enough to be held at once.
 
     Args:
-        pixels_at_once (`int`): Pixels of the images that are made into tensors at once; a window holds those of
-            [`IMAGE_BATCHES_AT_ONCE`] times.
+        image_tokens (`int`): Tokens of images that a window may hold.
     """
-    largest = processor.image_processor.size["longest_edge"]
+    size = processor.image_processor.size
     seen: dict[bytes, int] = {}
     pending: dict[int, Conversation] = {}
-    window, parts, pixels = Window(), 0, 0
+    repeated: dict[int, int] = {}
+    inputs_of_window = tokens_of_window = tokens_of_part = 0
 
-    def process() -> None:
-        if not pending:
-            return
+    def make(is_part: bool) -> Window:
         positions = list(pending)
         try:
             rows = processor.encode(list(pending.values()), prompt=prompt)
         except CocoaInputError as error:
             raise CocoaInputError(error.reason, positions[error.position or 0]) from error
-        window.rows.update(zip(positions, rows, strict=True))
+        images = {position: conversation.image_digests for position, conversation in pending.items()}
+        part = Window(dict(zip(positions, rows, strict=True)), images, dict(repeated), is_part)
         pending.clear()
+        repeated.clear()
+        return part
 
     for position, conversation in enumerate(processor.read(inputs)):
         first = seen.setdefault(conversation.digest, position)
         if first != position:
-            window.repeated[position] = first
+            repeated[position] = first
             continue
         pending[position] = conversation
-        window.images[position] = conversation.image_digests
-        pixels += conversation.pixels(largest)
-        if pixels >= pixels_at_once:
-            process()
-            parts, pixels = parts + 1, 0
-        if parts == IMAGE_BATCHES_AT_ONCE or len(window.images) == INPUTS_AT_ONCE:
-            process()
-            yield window
-            window, parts, pixels = Window(), 0, 0
-    if window.images or window.repeated:
-        process()
-        yield window
+        tokens = conversation.pixels(size["shortest_edge"], size["longest_edge"]) // TOKEN_PIXELS
+        inputs_of_window += 1
+        tokens_of_window += tokens
+        tokens_of_part += tokens
+        if tokens_of_window >= image_tokens or inputs_of_window == INPUTS_AT_ONCE:
+            yield make(is_part=False)
+            inputs_of_window = tokens_of_window = tokens_of_part = 0
+        elif tokens_of_part >= IMAGE_TOKENS_OF_A_PART:
+            yield make(is_part=True)
+            tokens_of_part = 0
+    yield make(is_part=False)
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:

@@ -94,10 +94,11 @@ class Conversation:
             summary.update(np.ascontiguousarray(video))
         return summary.digest()
 
-    def pixels(self, largest: int) -> int:
-        """Pixels of all images and frames; of an image, at most the `largest` number to which it is scaled."""
-        images = sum(min(image.width * image.height, largest) for image in self.images)
-        return images + sum(video[..., 0].size for video in self.videos)
+    def pixels(self, smallest: int, largest: int) -> int:
+        """Pixels of all images and frames, once each is scaled to be no smaller and no larger."""
+        sizes = [(1, image.width * image.height) for image in self.images]
+        sizes += [(video.shape[0], video.shape[1] * video.shape[2]) for video in self.videos]
+        return sum(frames * min(max(size, smallest), largest) for frames, size in sizes)
 
 
 def digest_image(image: Image.Image) -> bytes:

@@ -118,10 +118,34 @@ def test_large_images_come_a_few_at_a_time(module, monkeypatch):
     expected = module.encode(images)
     read, encode = [], module.processor.encode
     monkeypatch.setattr(module.processor, "encode", lambda part, **options: read.append(len(part)) or encode(part))
+    windows, run = [], encoding.Embedder.run
+    monkeypatch.setattr(
+        encoding.Embedder, "run", lambda self, items, *args: windows.append(len(items)) or run(self, items, *args)
+    )
     monkeypatch.setattr(encoding, "TOKEN_PIXELS", 20 * 40)
+    monkeypatch.setattr(encoding, "IMAGE_TOKENS_OF_A_PART", 4)
     monkeypatch.setattr(encoding, "IMAGE_BATCHES_AT_ONCE", 2)
     np.testing.assert_allclose(module.encode(images, batch_tokens=4), expected, atol=1e-5, rtol=0)
     assert read == [2, 2, 2, 1]
+    assert windows == [2, 2, 4, 2, 1, 3], "images part by part, then the inputs that share batches"
+
+
+def test_images_count_at_the_size_that_they_are_scaled_to(processor, image):
+    """An image of 4 x 4 pixels may take as much room as one of 40 x 40."""
+    tiny, large = Image.new("RGB", (4, 4)), Image.new("RGB", (100, 100))
+    video = np.zeros((6, 10, 20, 3), dtype=np.uint8)
+    (conversation,) = processor.read([{"images": [tiny, Image.new("RGB", (30, 30)), large], "video": video}])
+    assert conversation.pixels(400, 1600) == 400 + 900 + 1600 + 6 * 400
+
+
+def test_a_number_of_inputs_is_that_number(module, monkeypatch):
+    calls = counted(module, monkeypatch)
+    monkeypatch.setattr(encoding, "CPU_BATCH_TOKENS", 10)
+    module.encode([f"a red apple {number}" for number in range(9)], batch_size=4)
+    assert [rows for rows, _ in calls] == [4, 4, 1]
+    calls.clear()
+    module.encode([f"a red apple {number}" for number in range(9)], batch_size=4, batch_tokens=40)
+    assert all(rows <= 4 and tokens <= 40 for rows, tokens in calls)
 
 
 def test_reading_ahead_keeps_the_order_and_the_error():
