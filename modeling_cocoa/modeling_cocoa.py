@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from .attention import FLEX_ATTENTION
 from .configuration_cocoa import CocoaConfig
-from .layers import keep_freed_memory, merged_rotary
+from .layers import CONVOLUTION_ROWS, keep_freed_memory, merged_rotary
 from .packing import Packing, pack
 from .pooling import EosPooler
 
@@ -35,6 +35,10 @@ KEY_MAPPING = {
 
 CPU_VISION_PATCHES = 2048
 """Patches that pass the vision tower at once on a CPU, whose caches more would overflow: 14 % slower at 4096."""
+
+CPU_ROWS = 64
+"""On a CPU without gradient, rows come in multiples of this, filled up with rows that nobody reads: oneDNN keeps a
+kernel for each number of rows, and memory would grow with their variety."""
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 """Arguments of `from_pretrained` that say where the files are."""
@@ -319,8 +323,15 @@ class CocoaModelMixin:
         for grids in split_by_patches(grid_thw[order], limit):
             patches = int(grids.prod(-1).sum())
             pixels = pixel_values[done : done + patches]
-            features += self.get_image_features(pixels, grids, return_dict=True).pooler_output
             done += patches
+            filling = missing_rows(patches, pixels.device)
+            place = int((grids.prod(-1) < filling).sum())
+            if filling:  # one more image, of two rows of patches, in its place by size
+                before = int(grids[:place].prod(-1).sum())
+                pixels = torch.cat([pixels[:before], pixels.new_zeros(filling, pixels.shape[1]), pixels[before:]])
+                grids = torch.cat([grids[:place], grids.new_tensor([[1, 2, filling // 2]]), grids[place:]])
+            found = list(self.get_image_features(pixels, grids, return_dict=True).pooler_output)
+            features += found[:place] + found[place + bool(filling) :]
         places = order.argsort().tolist()
         return [features[place] for place in places]
 
@@ -335,6 +346,16 @@ class CocoaModelMixin:
     ) -> CocoaModelOutput:
         """[`~CocoaModelMixin.forward`] on one row without padding; `media`: features, by the id of their tokens."""
         keep_freed_memory()
+        shape = input_ids.shape
+        filling = missing_rows(int(attention_mask.sum()), input_ids.device)
+        if filling:
+            width = max(shape[1], filling) - shape[1]
+            input_ids = nn.functional.pad(input_ids, (0, width, 0, 1), value=self.cocoa.eos_token_id)
+            position_ids = nn.functional.pad(position_ids, (0, width, 0, 1))
+            attention_mask = nn.functional.pad(attention_mask, (0, width, 0, 1))
+            attention_mask[-1, :filling] = 1
+            if inputs_embeds is not None:
+                inputs_embeds = nn.functional.pad(inputs_embeds, (0, 0, 0, width, 0, 1))
         packing = pack(attention_mask.long())
         ids = input_ids.flatten()[packing.index]
         self.pooler.check(ids[packing.eos])
@@ -350,11 +371,11 @@ class CocoaModelMixin:
         hidden = self.run_layers(hidden, position_ids.flatten(1)[:, packing.index], packing, eos_only)
         packing = packing.to(hidden.device)  # where the layers are spread over devices
         if eos_only:
-            pooled = torch.empty_like(hidden).index_copy(0, packing.order, hidden)
+            pooled = torch.empty_like(hidden).index_copy(0, packing.order, hidden)[: shape[0]]
             return CocoaModelOutput(pooler_output=nn.functional.normalize(pooled, dim=-1))
         return CocoaModelOutput(
-            last_hidden_state=packing.unpack(hidden, input_ids.shape),
-            pooler_output=nn.functional.normalize(hidden[packing.eos], dim=-1),
+            last_hidden_state=packing.unpack(hidden, input_ids.shape)[: shape[0], : shape[1]],
+            pooler_output=nn.functional.normalize(hidden[packing.eos[: shape[0]]], dim=-1),
         )
 
     def run_layers(self, hidden: Tensor, positions: Tensor, packing: Packing, eos_only: bool = False) -> Tensor:
@@ -376,6 +397,12 @@ class CocoaModelMixin:
             is_last = layer is text.layers[-1]
             hidden = layer(hidden, packing=packing, eos_only=eos_only and is_last, position_embeddings=rotary)
         return text.norm(hidden)
+
+
+def missing_rows(rows: int, device: torch.device) -> int:
+    """How many rows fill a number of them up to a multiple of [`CPU_ROWS`]; none where that is of no use."""
+    is_of_use = device.type == "cpu" and rows >= CONVOLUTION_ROWS and not torch.is_grad_enabled()
+    return -rows % CPU_ROWS if is_of_use else 0
 
 
 def split_by_patches(grid_thw: Tensor, limit: int) -> list[Tensor]:
