@@ -29,7 +29,7 @@ lint: $(INSTALLED) ## check style and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-bench: $(INSTALLED) ## measure speed and memory (20 minutes, on a machine that does nothing else); BENCH="--only encode": a part
+bench: $(INSTALLED) ## measure speed and memory (25 minutes, on a machine that does nothing else); BENCH="--only encode": a part
 	@$(BIN)/python -m benchmarks $(BENCH)
 
 # torch and torchvision come first and by plain name, so that pip takes the build meant for this machine.

@@ -86,23 +86,25 @@ from modeling_cocoa.layers import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()
-for _ in range(2):
+faults = []
+for _ in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(4 * 2**20)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    torch.ones(4 * 2**20), torch.ones(4 * 2**20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*faults)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not sys.maxsize > 2**32, reason="glibc's allocator")
 def test_freed_memory_is_used_again():
-    """16 MiB, freed and taken again: 4,096 fresh pages, or none."""
+    """Twice 16 MiB, freed and taken again: 8,192 fresh pages each time, or none once they have been taken."""
 
-    def faults(way: str) -> int:
+    def faults(way: str) -> list[int]:
         result = subprocess.run([sys.executable, "-c", FAULTS, way], capture_output=True, text=True, check=True)
-        return int(result.stdout)
+        return [int(number) for number in result.stdout.split()]
 
-    assert faults("keep") < 500
-    assert faults("leave") > 2000, "the system keeps it by itself: keep_freed_memory can go"
+    assert min(faults("keep")[1:3]) < 800
+    assert max(faults("leave")[1:3]) > 4000, "the system keeps it by itself: keep_freed_memory can go"
 
 
 @torch.no_grad()
