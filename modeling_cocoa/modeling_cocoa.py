@@ -36,7 +36,7 @@ KEY_MAPPING = {
 CPU_VISION_PATCHES = 2048
 """Patches that pass the vision tower at once on a CPU, whose caches more would overflow: 14 % slower at 4096."""
 
-CPU_ROWS = 64
+CPU_ROWS = 32
 """On a CPU without gradient, rows come in multiples of this, filled up with rows that nobody reads: oneDNN keeps a
 kernel for each number of rows, and memory would grow with their variety."""
 

@@ -276,7 +276,7 @@ def test_an_adapter_of_the_patch_embedding_is_heeded(model_type):
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("eos_only", [False, True])
 def test_rows_are_filled_up_and_nobody_reads_the_filling(model_type, padding_side, eos_only, monkeypatch):
-    """Text layers and vision tower get multiples of 64 rows, and the results are those of the padded batch."""
+    """Text layers and vision tower get multiples of so many rows; the results are those of the padded batch."""
     monkeypatch.setattr(modeling_cocoa, "CONVOLUTION_ROWS", 1)
     items = rows(torch.Generator().manual_seed(3))
     batch = batch_of(items, padding_side)
@@ -285,7 +285,7 @@ def test_rows_are_filled_up_and_nobody_reads_the_filling(model_type, padding_sid
     for module in (model.language_model.layers[0].mlp, model.visual.blocks[0].mlp):
         module.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     found, expected = model(**batch, eos_only=eos_only), plain(**batch)
-    assert seen and all(length % 64 == 0 for length in seen), seen
+    assert seen and all(length % modeling_cocoa.CPU_ROWS == 0 for length in seen), seen
     torch.testing.assert_close(found.pooler_output, expected.pooler_output, atol=1e-5, rtol=0)
     if not eos_only:
         real = batch["attention_mask"].bool()
