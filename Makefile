@@ -14,10 +14,10 @@ export TOKENIZERS_PARALLELISM := false
 export TORCH_LOGS := -torch.utils._pytree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench
+.PHONY: help demo test lint bench ablation
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## search the emoji with the tiny checkpoint: scores, queries and a gallery page in demo/
 	@$(BIN)/cocoa demo
@@ -31,6 +31,9 @@ lint: $(INSTALLED) ## check style and formatting
 
 bench: $(INSTALLED) ## measure speed and memory (25 minutes, on a machine that does nothing else); BENCH="--only encode": a part
 	@$(BIN)/python -m benchmarks $(BENCH)
+
+ablation: $(INSTALLED) ## does reconstruction help? 35 training runs, 2 at once, for hours; call it again to go on
+	@$(BIN)/python -m benchmarks.ablation run $(ABLATION)
 
 # torch and torchvision come first and by plain name, so that pip takes the build meant for this machine.
 $(INSTALLED): pyproject.toml

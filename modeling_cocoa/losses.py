@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 def _chunk_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     logits = nn.functional.linear(hidden, weight).float()
-    return nn.functional.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(dim=-1) == labels
+    return nn.functional.cross_entropy(logits, labels, reduction="none"), logits.detach().argmax(dim=-1)
 
 
 def masked_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int = 1024) -> tuple[Tensor, Tensor]:
@@ -26,14 +26,14 @@ def masked_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size
         labels (`Tensor` of shape `(tokens,)`): The tokens to predict.
 
     Returns:
-        Loss of each token, float32 of shape `(tokens,)`, and whether it was right, bool of shape `(tokens,)`.
+        Loss of each token, float32 of shape `(tokens,)`, and the likeliest token in its place, of shape `(tokens,)`.
     """
-    losses, correct = [], []
+    losses, likeliest = [], []
     for rows, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
-        loss, right = checkpoint(_chunk_cross_entropy, rows, weight, targets, use_reentrant=False)
+        loss, tokens = checkpoint(_chunk_cross_entropy, rows, weight, targets, use_reentrant=False)
         losses.append(loss)
-        correct.append(right)
-    return torch.cat(losses), torch.cat(correct)
+        likeliest.append(tokens)
+    return torch.cat(losses), torch.cat(likeliest)
 
 
 def normalize_patches(patches: Tensor, epsilon: float = 1e-6) -> Tensor:

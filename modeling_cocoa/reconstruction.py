@@ -44,7 +44,8 @@ class ReconstructionOutput(ModelOutput):
         loss (`Tensor`): `text_source + text_target + image_loss_weight * image`, of those that are present.
         losses (`dict[str, Tensor]`): Means by name, without weights: `text_source` (masked source tokens),
             `text_target` (masked target tokens; nats), `image` (squared error of normalised pixels).
-        token_losses, token_correct (`Tensor` of shape `(masked tokens,)`): In the order of `labels[labels != -100]`.
+        token_losses, token_predictions (`Tensor` of shape `(masked tokens,)`): Of each masked token, its loss and the
+            likeliest token in its place, in the order of `labels[labels != -100]`.
         unit_losses (`Tensor` of shape `(predicted units,)`): In the order of `unit_mask.nonzero()`.
         pixels (`Tensor` of shape `(predicted units, 4 patches, values)`): The rebuilt (normalised) pixels.
         embeddings (`Tensor` of shape `(batch, hidden)`): Unit-norm EOS embeddings of the sources.
@@ -53,7 +54,7 @@ class ReconstructionOutput(ModelOutput):
     loss: Tensor | None = None
     losses: dict[str, Tensor] | None = None
     token_losses: Tensor | None = None
-    token_correct: Tensor | None = None
+    token_predictions: Tensor | None = None
     unit_losses: Tensor | None = None
     pixels: Tensor | None = None
     embeddings: Tensor | None = None
@@ -383,7 +384,7 @@ class CocoaForReconstruction(nn.Module):
         if bool(masked.any()):
             weight = self.lm_head.weight if self.lm_head is not None else backbone.get_input_embeddings().weight
             predicting = hidden[:, :-1][masked[:, 1:]]
-            output.token_losses, output.token_correct = masked_token_loss(predicting, weight, labels[masked])
+            output.token_losses, output.token_predictions = masked_token_loss(predicting, weight, labels[masked])
             segments = segment_ids[masked]
             for name, segment in (("text_source", SOURCE), ("text_target", TARGET)):
                 if bool((segments == segment).any()):

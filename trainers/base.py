@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import ProgressCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
@@ -92,6 +94,20 @@ class CocoaTrainerMixin:
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def check_loss(self, loss: Tensor, rows: list[Any]) -> None:
+        """
+        Stop before a step with a loss that is no number, which would spoil the weights.
+
+        Raises:
+            FloatingPointError: names the step and the rows.
+        """
+        if not bool(torch.isfinite(loss).all()):
+            raise FloatingPointError(
+                f"The loss is {loss.tolist()} at step {self.state.global_step + 1}, of the rows {rows}; no step was "
+                f"made with it. The last checkpoint is whole: {last_checkpoint(self.args.output_dir)}. Look at these "
+                "rows, or lower the learning rate, and train with resume_from_checkpoint=True."
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:  # transformers calls this in every process

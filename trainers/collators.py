@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +28,11 @@ DIRECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 WARMUP = "warmup"
 
+MEDIA = ("pixel_values", "pixel_labels", "image_grid_thw", "unit_mask")
+"""What a segment holds of its images."""
+DESCRIPTION = ("directions", "rows", "images_of_rows", "num_skipped")
+"""What a batch says of itself, apart from the model's arguments."""
+
 
 @dataclass
 class Segment:
@@ -43,11 +48,19 @@ class Segment:
 
 @dataclass
 class Example:
-    """One training row: `source · EOS`, and in the bridge a target."""
+    """
+    One training row: `source · EOS`, and in the bridge a target.
+
+    Args:
+        direction (`str`): One of [`DIRECTIONS`], or [`WARMUP`].
+        source, target ([`Segment`]).
+        row (`int`, *optional*): Its number in the dataset.
+    """
 
     direction: str
     source: Segment
     target: Segment | None = None
+    row: int | None = None
 
 
 @dataclass
@@ -135,7 +148,7 @@ class ReconstructionCollator:
             raise CocoaInputError("it has neither an image nor a text.")
         if self.stage == "warmup":
             source = self._segment(item, generator, text_ratio=self.text_mask_ratio, image_ratio=self.image_mask_ratio)
-            return Example(WARMUP, source)
+            return Example(WARMUP, source, row=row.get("index"))
         direction = self._draw_direction(item, generator)
         source_kinds, target_kinds = DIRECTIONS[direction]
         source = self._segment({k: item[k] for k in source_kinds}, generator, text_ratio=self.source_mask_ratio)
@@ -145,7 +158,7 @@ class ReconstructionCollator:
         # A target has neither the template's header nor an EOS of its own.
         target.input_ids = target.input_ids[self._header : -1]
         target.labels = target.labels[self._header : -1]
-        return Example(direction, source, target)
+        return Example(direction, source, target, row.get("index"))
 
     def _draw_direction(self, item: Mapping[str, Any], generator: np.random.Generator) -> str:
         possible = {
@@ -192,7 +205,8 @@ class ReconstructionCollator:
         width = max(
             len(e.source.input_ids) + (len(e.target.input_ids) if e.target is not None else 0) for e in examples
         )
-        input_ids = torch.full((len(examples), width), self.processor.pad_token_id)
+        device = examples[0].source.input_ids.device
+        input_ids = torch.full((len(examples), width), self.processor.pad_token_id, device=device)
         labels = torch.full_like(input_ids, IGNORE_INDEX)
         segment_ids = torch.zeros_like(input_ids)
         images: list[tuple[Segment, bool]] = []
@@ -213,12 +227,76 @@ class ReconstructionCollator:
             "segment_ids": segment_ids,
             "labels": labels,
             "directions": [example.direction for example in examples],
+            "rows": [example.row for example in examples],
+            "images_of_rows": torch.tensor(
+                [[count_images(example.source), count_images(example.target)] for example in examples]
+            ),
         }
         images = [(segment, is_target) for segment, is_target in images if segment.pixel_values is not None]
         if images:
-            for name in ("pixel_values", "pixel_labels", "image_grid_thw", "unit_mask"):
+            for name in MEDIA:
                 batch[name] = torch.cat([getattr(segment, name) for segment, _ in images])
             batch["image_is_target"] = torch.tensor(
-                [is_target for segment, is_target in images for _ in segment.image_grid_thw]
+                [is_target for segment, is_target in images for _ in segment.image_grid_thw], device=device
             )
         return batch
+
+
+def count_images(segment: Segment | None) -> int:
+    """Images of a segment."""
+    return 0 if segment is None or segment.image_grid_thw is None else len(segment.image_grid_thw)
+
+
+def take_apart(batch: Mapping[str, Any]) -> list[Example]:
+    """The examples that [`ReconstructionCollator.collate`] made a batch of."""
+    images: list[dict[str, Tensor]] = []
+    if "image_grid_thw" in batch:
+        grids = batch["image_grid_thw"]
+        patches = grids.prod(-1)
+        merged = len(batch["pixel_labels"]) // len(batch["unit_mask"])
+        for values in zip(
+            batch["pixel_values"].split(patches.tolist()),
+            batch["pixel_labels"].split(patches.tolist()),
+            grids.split(1),
+            batch["unit_mask"].split((patches // merged).tolist()),
+            strict=True,
+        ):
+            images.append(dict(zip(MEDIA, values, strict=True)))
+    examples, done = [], 0
+    for row, counts in enumerate(batch["images_of_rows"].tolist()):
+        segments = batch["segment_ids"][row]
+        parts: list[Segment | None] = []
+        for places, count in zip(((segments == SOURCE) | (segments == EOS), segments == TARGET), counts, strict=True):
+            own, done = images[done : done + count], done + count
+            media = {name: torch.cat([image[name] for image in own]) for name in own[0]} if own else {}
+            segment = Segment(batch["input_ids"][row][places], batch["labels"][row][places], **media)
+            parts.append(segment if len(segment.input_ids) else None)
+        examples.append(Example(batch["directions"][row], *parts, row=batch["rows"][row]))
+    return examples
+
+
+def swap_sources(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """
+    Those of some examples that have another of their direction, and the same with that one's source in front of their
+    target: what a target loses by it, its own EOS had told.
+    """
+    by_direction: dict[str, list[Example]] = {}
+    for example in examples:
+        if example.target is not None:
+            by_direction.setdefault(example.direction, []).append(example)
+    kept, swapped = [], []
+    for members in by_direction.values():
+        if len(members) > 1:
+            kept += members
+            others = [*members[1:], members[0]]
+            swapped += [replace(own, source=other.source) for own, other in zip(members, others, strict=True)]
+    return kept, swapped
+
+
+def rows_of_units(batch: Mapping[str, Any]) -> Tensor:
+    """The row of each predicted image unit, in the order of `unit_mask.nonzero()`."""
+    patches = batch["image_grid_thw"].prod(-1)
+    merged = len(batch["pixel_labels"]) // len(batch["unit_mask"])
+    counts = batch["images_of_rows"].sum(1)
+    rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+    return rows.to(patches.device).repeat_interleave(patches // merged)[batch["unit_mask"]]

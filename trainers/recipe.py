@@ -143,8 +143,27 @@ def run_stage(
     recipe: Recipe, stage: str, model_path: str | None, final: Path, find_file: Callable[[str], str | os.PathLike]
 ) -> None:
     """Train one stage, and save its model to `final`."""
+    trainer = build_trainer(recipe, stage, model_path, find_file)
+    trainer.train(resume_from_checkpoint=True)
+    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    trainer.log_metrics(stage, {**metrics})
+    trainer.save_model(str(final))
+
+
+def build_trainer(
+    recipe: Recipe, stage: str, model_path: str | None, find_file: Callable[[str], str | os.PathLike]
+) -> CocoaReconstructionTrainer | CocoaContrastiveTrainer:
+    """
+    The trainer of one stage, which works in the stage's folder of `output_dir`.
+
+    Args:
+        recipe ([`Recipe`]).
+        stage (`str`): One of [`STAGES`].
+        model_path (`str`, *optional*): The model that the stage before it saved; the recipe's own where there is none.
+        find_file (`Callable`): From a data file's name in the recipe to its path.
+    """
     options = {
-        "output_dir": str(final.parent),
+        "output_dir": str(Path(recipe.output_dir) / stage),
         "seed": recipe.seed,
         "report_to": "none",
         **recipe.stages[stage],
@@ -164,7 +183,7 @@ def run_stage(
         eval_dataset = build(eval_rows, recipe.data, recipe.seed, with_variants=False)
     model, processor, peft_config = load_model(recipe, model_path, args, train_rows)
     trainer_class = CocoaContrastiveTrainer if is_contrastive else CocoaReconstructionTrainer
-    trainer = trainer_class(
+    return trainer_class(
         model=model,
         args=args,
         train_dataset=train_dataset,
@@ -172,10 +191,6 @@ def run_stage(
         processing_class=processor,
         peft_config=peft_config,
     )
-    trainer.train(resume_from_checkpoint=True)
-    metrics = trainer.evaluate() if eval_dataset is not None else {}
-    trainer.log_metrics(stage, {**metrics})
-    trainer.save_model(str(final))
 
 
 def load_model(recipe: Recipe, model_path: str | None, args: Any, rows: Dataset) -> tuple[Any, Any, Any]:

@@ -20,11 +20,16 @@ from modeling_cocoa.saving import save_cocoa
 
 from .adapters import add_adapter, load_checkpoint, merged, save_adapter
 from .base import CocoaTrainerMixin
-from .collators import ReconstructionCollator
+from .collators import DESCRIPTION, ReconstructionCollator, rows_of_units, swap_sources, take_apart
 from .datasets import EpochSampler, ReconstructionDataset, check_rows
 from .masking import IGNORE_INDEX
 from .progress import RunningMeans
 from .reconstruction_config import CocoaReconstructionConfig
+
+EOS_ROWS = 16
+"""Rows of a batch by which `eos_information` is measured."""
+EOS_KINDS = {"text_target": "text", "image": "image"}
+"""Losses of a target, and what their part of `eos_information` is called."""
 
 
 class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
@@ -117,21 +122,55 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
     ) -> Any:
         """The weighted sum of the losses; their means by name go to the log."""
         means = self._means["train" if model.training else "eval"]
-        inputs = dict(inputs)
-        skipped, directions = inputs.pop("num_skipped", 0), inputs.pop("directions")
-        output = model(**inputs)
+        arguments = {name: value for name, value in inputs.items() if name not in DESCRIPTION}
+        output = model(**arguments)
+        self.check_loss(output.loss, inputs["rows"])
         for name, loss in output.losses.items():
             means.add(f"loss_{name}", loss.detach(), 1)
+        directions = inputs["directions"]
         if output.token_losses is not None:
-            losses, correct = output.token_losses.detach(), output.token_correct
+            labels = inputs["labels"]
+            hidden = labels != IGNORE_INDEX
+            correct = output.token_predictions == labels[hidden]
+            rows = hidden.nonzero()[:, 0]
             means.add("token_accuracy", correct.sum(), len(correct))
-            rows = (inputs["labels"] != IGNORE_INDEX).nonzero()[:, 0]
             for direction in sorted(set(directions)):
-                of_direction = torch.tensor([name == direction for name in directions], device=rows.device)[rows]
-                means.add(f"text_{direction}", (losses * of_direction).sum(), of_direction.sum())
+                chosen = torch.tensor([name == direction for name in directions], device=rows.device)[rows]
+                means.add(f"text_{direction}", (output.token_losses.detach() * chosen).sum(), chosen.sum())
+                means.add(f"token_accuracy_{direction}", (correct & chosen).sum(), chosen.sum())
+        if output.unit_losses is not None:
+            rows = rows_of_units(inputs)
+            for direction in sorted(set(directions)):
+                chosen = torch.tensor([name == direction for name in directions], device=rows.device)[rows]
+                means.add(f"pixel_{direction}", (output.unit_losses.detach() * chosen).sum(), chosen.sum())
+        if self.args.stage == "bridge" and (not model.training or self._logs_this_step()):
+            self._measure_eos(model, inputs, means)
         if self.args.on_bad_sample == "skip":
-            means.add("skipped_rows", skipped, 1)
+            means.add("skipped_rows", inputs.get("num_skipped", 0), 1)
         return (output.loss, {}) if return_outputs else output.loss
+
+    def _logs_this_step(self) -> bool:
+        step = self.state.global_step
+        return step == 0 if self.state.logging_steps < 1 else (step + 1) % self.state.logging_steps == 0
+
+    @torch.no_grad()
+    def _measure_eos(self, model: nn.Module, inputs: dict[str, Any], means: RunningMeans) -> None:
+        """
+        How much of the targets the EOS tells: their loss behind another row's source, minus that behind their own.
+
+        Every process makes the same calls of the model, with pairs of rows or without, because sharded weights are
+        gathered in them.
+        """
+        examples = take_apart(inputs)[:EOS_ROWS]
+        own, swapped = swap_sources(examples)
+        count = len(own)
+        losses = []
+        for rows in (own or examples, swapped or examples):
+            batch = self.data_collator.collate(rows)
+            output = model(**{name: value for name, value in batch.items() if name not in DESCRIPTION})
+            losses.append({name: output.losses[name] for name in ("text_target", "image") if name in output.losses})
+        for name, loss in losses[0].items():
+            means.add(f"eos_information_{EOS_KINDS[name]}", (losses[1][name] - loss) * count, count)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

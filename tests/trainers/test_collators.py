@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from modeling_cocoa.attention import EOS, PADDING, SOURCE, TARGET
-from trainers.collators import DIRECTIONS, WARMUP, ReconstructionCollator
+from trainers.collators import (
+    DIRECTIONS,
+    WARMUP,
+    ReconstructionCollator,
+    rows_of_units,
+    swap_sources,
+    take_apart,
+)
 
 
 def rows(emoji, count, epoch=0):
@@ -160,3 +167,47 @@ def test_bad_rows_are_named_or_skipped(processor, emoji, bad, reason):
 def test_wrong_options_are_named(processor, options, message):
     with pytest.raises(ValueError, match=message):
         ReconstructionCollator(processor, **options)
+
+
+@pytest.mark.parametrize("stage", ["warmup", "bridge"])
+def test_a_batch_comes_apart_into_its_examples(processor, emoji, stage):
+    collator = ReconstructionCollator(processor, stage=stage)
+    mixed = rows(emoji, 12)
+    mixed[0]["image"] = mixed[5]["text"] = None
+    batch = collator(mixed)
+    again = collator.collate(take_apart(batch))
+    assert set(again) == set(batch) - {"num_skipped"}
+    for name, value in again.items():
+        same = torch.equal(value, batch[name]) if isinstance(value, torch.Tensor) else value == batch[name]
+        assert same, name
+    assert batch["rows"] == list(range(12))
+    texts = collator([{**row, "image": None} for row in mixed if row["text"]])
+    assert len(take_apart(texts)) == 11
+
+
+def test_swapped_sources_are_those_of_other_rows_of_the_direction(processor, emoji):
+    collator = ReconstructionCollator(processor, stage="bridge")
+    examples = [collator.example(row) for row in rows(emoji, 24)]
+    kept, swapped = swap_sources(examples)
+    counts = collections.Counter(example.direction for example in examples)
+    assert len(kept) == sum(count for count in counts.values() if count > 1)
+    sources = {id(example.source): example for example in examples}
+    for own, other in zip(kept, swapped, strict=True):
+        assert other.target is own.target and other.row == own.row
+        giver = sources[id(other.source)]
+        assert giver.row != own.row and giver.direction == own.direction
+    assert swap_sources(examples[:1]) == ([], [])
+    warmup = ReconstructionCollator(processor, stage="warmup")
+    assert swap_sources([warmup.example(row) for row in rows(emoji, 2)]) == ([], [])
+
+
+def test_predicted_units_know_their_rows(processor, emoji):
+    mixed = rows(emoji, 6)
+    mixed[2]["image"] = None
+    batch = ReconstructionCollator(
+        processor, stage="bridge", direction_weights={"both_to_both": 1, "text_to_text": 1}
+    )(mixed)
+    expected = [
+        row for row, direction in enumerate(batch["directions"]) for _ in range(4) if direction != "text_to_text"
+    ]
+    assert rows_of_units(batch).tolist() == expected

@@ -16,7 +16,7 @@ from modeling_cocoa.attention import SOURCE, TARGET
 from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.losses import normalize_patches
 from modeling_cocoa.reconstruction import HEADS_FILE, CocoaForReconstruction
-from trainers.collators import ReconstructionCollator
+from trainers.collators import DESCRIPTION, ReconstructionCollator
 from trainers.reconstruction_config import CocoaReconstructionConfig
 from trainers.reconstruction_trainer import CocoaReconstructionTrainer
 
@@ -61,7 +61,7 @@ def best_constant_losses(batch):
 
 
 def losses_of(model, batch):
-    inputs = {name: value for name, value in batch.items() if name not in ("directions", "num_skipped")}
+    inputs = {name: value for name, value in batch.items() if name not in DESCRIPTION}
     with torch.no_grad():
         return {name: float(value) for name, value in model.eval()(**inputs).losses.items()}
 
@@ -81,6 +81,7 @@ def test_each_stage_learns_64_rows_beyond_any_constant(tmp_path, model, processo
         bridge=bridge,
         max_steps=steps,
         image_loss_weight=1.0,
+        logging_steps=10,
     )
     trainer.train()
     collator = ReconstructionCollator(processor, stage=stage)
@@ -103,6 +104,10 @@ def test_each_stage_learns_64_rows_beyond_any_constant(tmp_path, model, processo
         swapped = losses_of(trainer.model, collator.collate(examples))
         assert swapped["text_target"] > trained["text_target"] + 0.02, (swapped, trained)
         assert swapped["image"] > trained["image"], (swapped, trained)
+        for kind, least in (("text", 0.02), ("image", 0.0)):
+            name = f"eos_information_{kind}"
+            logged = [entry[name] for entry in trainer.state.log_history if name in entry]
+            assert abs(logged[0]) < 0.01 and np.mean(logged[-10:]) > least, (logged[0], np.mean(logged[-10:]))
 
 
 @pytest.mark.parametrize("stage", ["warmup", "bridge"])
@@ -197,9 +202,11 @@ def test_losses_are_logged_and_evaluated_by_name(tmp_path, model, processor, emo
     )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert logs and all({"loss_text_target", "loss_image", "token_accuracy"} <= set(entry) for entry in logs)
+    by_name = {"loss_text_target", "loss_image", "token_accuracy", "eos_information_text", "eos_information_image"}
+    by_direction = {"text_image_to_text", "token_accuracy_image_to_text", "pixel_text_to_image"}
+    assert logs and all(by_name | by_direction <= set(entry) for entry in logs)
     metrics = trainer.evaluate()
-    assert {"eval_loss", "eval_loss_text_target", "eval_loss_image"} <= set(metrics)
+    assert {f"eval_{name}" for name in {"loss", *by_name}} <= set(metrics)
     assert metrics == pytest.approx(
         {**trainer.evaluate(), **{k: metrics[k] for k in metrics if "runtime" in k or "per_second" in k}}
     ), "evaluation masks are always the same"
@@ -291,3 +298,26 @@ def test_a_loss_is_finite_for_a_picture_of_one_colour(tmp_path, model, processor
     dataset = Dataset.from_dict({"image": [PIL.new("RGB", (64, 64), "red")] * 2, "text": ["red"] * 2})
     trainer = trainer_of(model, processor, dataset, tmp_path, max_steps=2, per_device_train_batch_size=2)
     assert math.isfinite(trainer.train().training_loss)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path, model, processor, emoji):
+    """With the rows' numbers, and the last checkpoint as it was."""
+    trainer = trainer_of(
+        model, processor, emoji, tmp_path, save_strategy="steps", save_steps=1, per_device_train_batch_size=4
+    )
+    forward = trainer.model.forward
+
+    def breaks(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if trainer.state.global_step == 2:
+            output.loss = output.loss * float("nan")
+        return output
+
+    trainer.model.forward = breaks
+    with pytest.raises(FloatingPointError, match=r"nan at step 3, of the rows \[\d+, \d+, \d+, \d+\].*checkpoint-2"):
+        trainer.train()
+    assert all(torch.isfinite(value).all() for value in trainer.model.state_dict().values())
+    kept = CocoaForReconstruction.from_pretrained(tmp_path / "checkpoint-2")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(kept.state_dict()[name], value), name
+    assert not (tmp_path / "checkpoint-3").exists()

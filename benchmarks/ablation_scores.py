@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the ablation measures of a model: for each query, the rank of its right answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from evaluation.emoji import STYLES, split_rows
+from evaluation.retrieval import target_ranks
+from modeling_cocoa.encoding import encode_inputs
+
+MEASURES: dict[str, tuple[str, int]] = {
+    "seen_style": ("seen concepts, unseen style: R@1", 1),
+    "held_out": ("held-out concepts: R@10", 10),
+    "group": ("9 groups: accuracy", 1),
+    "subgroup": ("98 subgroups: accuracy", 1),
+    "german": ("German to English name: R@10", 10),
+}
+"""Of each measure: its title, and the rank up to which an answer counts. The same in every arm, set beforehand."""
+
+
+def rank_answers(model: Any, processor: Any, emoji: Dataset, split: str = "test") -> dict[str, list[list[int]]]:
+    """
+    Ranks of the right answers, by measure: a list for each way of asking, of one rank an item.
+
+    - `seen_style`: name to Twemoji drawing and back, among the training concepts (`split="test"` only, so that nothing
+      is chosen by it).
+    - `held_out`: name to Noto drawing and back, among the concepts of the split.
+    - `group`, `subgroup`: the nearest class name to each drawing, in both styles, of the concepts of the split.
+    - `german`: the English name of a German one, among the training concepts' names; training shows German names
+      beside pictures only. Names that are the same in both languages are left out.
+
+    Args:
+        model ([`CocoaModelMixin`]), processor ([`CocoaProcessor`]).
+        emoji ([`~datasets.Dataset`]): The set, as from [`~evaluation.emoji.load_emoji`].
+        split (`str`, defaults to `"test"`): Which concepts count as held out.
+    """
+
+    def embed(inputs: Sequence[Any]) -> np.ndarray:
+        return encode_inputs(model, processor, inputs).numpy()
+
+    rows = split_rows(emoji)
+    seen, held_out = emoji.select(rows["train"]), emoji.select(rows[split])
+    names = embed(seen["name"])
+    held_out_names = embed(held_out["name"])
+    pictures = {style: embed(held_out[style]) for style in STYLES}
+    ranks = {"held_out": both_ways(held_out_names @ pictures["noto"].T)}
+    for kind in ("group", "subgroup"):
+        classes = sorted(set(emoji[kind]))
+        vectors, targets = embed(classes), np.array([classes.index(name) for name in held_out[kind]])
+        ranks[kind] = [target_ranks(pictures[style] @ vectors.T, targets).tolist() for style in STYLES]
+    pairs = zip(seen["name_de"], seen["name"], strict=True)
+    translated = [row for row, (german, english) in enumerate(pairs) if german and german.lower() != english.lower()]
+    german = embed([seen["name_de"][row] for row in translated])
+    ranks["german"] = [target_ranks(german @ names.T, np.array(translated)).tolist()]
+    if split == "test":
+        ranks["seen_style"] = both_ways(names @ embed(seen["twemoji"]).T)
+    return ranks
+
+
+def both_ways(similarity: np.ndarray) -> list[list[int]]:
+    """Ranks of the right answers by row and by column; answer i belongs to query i."""
+    return [target_ranks(similarity).tolist(), target_ranks(similarity.T).tolist()]
+
+
+def hits_of(ranks: dict[str, list[list[int]]], measure: str) -> np.ndarray:
+    """Of each item, the share of the ways of asking that found it, `(items,)`."""
+    return (np.array(ranks[measure]) <= MEASURES[measure][1]).mean(axis=0)
