@@ -27,18 +27,21 @@ def rank_answers(model: Any, processor: Any, emoji: Dataset, split: str = "test"
     """
     Ranks of the right answers, by measure: a list for each way of asking, of one rank an item.
 
-    - `seen_style`: name to Twemoji drawing and back, among the training concepts (`split="test"` only, so that nothing
-      is chosen by it).
+    - `seen_style`: name to Twemoji drawing and back, among the training concepts.
     - `held_out`: name to Noto drawing and back, among the concepts of the split.
     - `group`, `subgroup`: the nearest class name to each drawing, in both styles, of the concepts of the split.
     - `german`: the English name of a German one, among the training concepts' names; training shows German names
       beside pictures only. Names that are the same in both languages are left out.
 
+    Of the training concepts, every other one is asked for with `"validation"` and the rest with `"test"`, so that
+    nothing is chosen by what is reported.
+
     Args:
         model ([`CocoaModelMixin`]), processor ([`CocoaProcessor`]).
         emoji ([`~datasets.Dataset`]): The set, as from [`~evaluation.emoji.load_emoji`].
-        split (`str`, defaults to `"test"`): Which concepts count as held out.
+        split (`str`, defaults to `"test"`): `"validation"` or `"test"`.
     """
+    asked = slice(("validation", "test").index(split), None, 2)
 
     def embed(inputs: Sequence[Any]) -> np.ndarray:
         return encode_inputs(model, processor, inputs).numpy()
@@ -48,23 +51,28 @@ def rank_answers(model: Any, processor: Any, emoji: Dataset, split: str = "test"
     names = embed(seen["name"])
     held_out_names = embed(held_out["name"])
     pictures = {style: embed(held_out[style]) for style in STYLES}
-    ranks = {"held_out": both_ways(held_out_names @ pictures["noto"].T)}
+    ranks = {"held_out": both_ways(held_out_names, pictures["noto"], slice(None))}
+    ranks["seen_style"] = both_ways(names, embed(seen["twemoji"]), asked)
     for kind in ("group", "subgroup"):
         classes = sorted(set(emoji[kind]))
         vectors, targets = embed(classes), np.array([classes.index(name) for name in held_out[kind]])
         ranks[kind] = [target_ranks(pictures[style] @ vectors.T, targets).tolist() for style in STYLES]
     pairs = zip(seen["name_de"], seen["name"], strict=True)
-    translated = [row for row, (german, english) in enumerate(pairs) if german and german.lower() != english.lower()]
+    translated = [row for row, (german, english) in enumerate(pairs) if german and german.lower() != english.lower()][
+        asked
+    ]
     german = embed([seen["name_de"][row] for row in translated])
     ranks["german"] = [target_ranks(german @ names.T, np.array(translated)).tolist()]
-    if split == "test":
-        ranks["seen_style"] = both_ways(names @ embed(seen["twemoji"]).T)
     return ranks
 
 
-def both_ways(similarity: np.ndarray) -> list[list[int]]:
-    """Ranks of the right answers by row and by column; answer i belongs to query i."""
-    return [target_ranks(similarity).tolist(), target_ranks(similarity.T).tolist()]
+def both_ways(names: np.ndarray, pictures: np.ndarray, asked: slice) -> list[list[int]]:
+    """Ranks of each asked name's picture among all pictures, and of its picture's name among all names."""
+    targets = np.arange(len(names))[asked]
+    return [
+        target_ranks(queries[asked] @ candidates.T, targets).tolist()
+        for queries, candidates in ((names, pictures), (pictures, names))
+    ]
 
 
 def hits_of(ranks: dict[str, list[list[int]]], measure: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from modeling_cocoa.attention import SOURCE, TARGET, attention_mask_for
 from modeling_cocoa.losses import normalize_patches
 from modeling_cocoa.packing import pack
 from modeling_cocoa.reconstruction import CocoaForReconstruction, attach_mask_token
-from trainers.collators import DESCRIPTION, ReconstructionCollator
+from trainers.collators import ReconstructionCollator, model_arguments
 
 from .measure import alternate
 from .models import device, make_images, make_texts
@@ -91,7 +91,7 @@ def bench_pretraining(folder: Path, rows: int, repeats: int) -> dict[str, Any]:
         for number, (image, text) in enumerate(zip(make_images(rows), make_texts(rows), strict=True))
     ]
     batch = collator(items)
-    batch = {name: value.to(device()) for name, value in batch.items() if name not in DESCRIPTION}
+    batch = {name: value.to(device()) for name, value in model_arguments(batch).items()}
     ways = {PLAIN: lambda: plain_loss(model, batch), "packed": lambda: model(**batch).loss}
     losses = {name: float(way().detach()) for name, way in ways.items()}
     found = {name: gradients(model, way()) for name, way in ways.items()}

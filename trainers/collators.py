@@ -242,6 +242,11 @@ class ReconstructionCollator:
         return batch
 
 
+def model_arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a batch, the arguments of [`CocoaForReconstruction`]."""
+    return {name: value for name, value in batch.items() if name not in DESCRIPTION}
+
+
 def count_images(segment: Segment | None) -> int:
     """Images of a segment."""
     return 0 if segment is None or segment.image_grid_thw is None else len(segment.image_grid_thw)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 
+from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.reconstruction import HEADS_FILE, CocoaForReconstruction, attach_mask_token
@@ -20,14 +22,17 @@ from modeling_cocoa.saving import save_cocoa
 
 from .adapters import add_adapter, load_checkpoint, merged, save_adapter
 from .base import CocoaTrainerMixin
-from .collators import DESCRIPTION, ReconstructionCollator, rows_of_units, swap_sources, take_apart
+from .collators import ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
 from .datasets import EpochSampler, ReconstructionDataset, check_rows
 from .masking import IGNORE_INDEX
+from .pictures import add_to_card, draw_pictures, last_picture, save_reconstructions, write_texts
 from .progress import RunningMeans
 from .reconstruction_config import CocoaReconstructionConfig
 
 EOS_ROWS = 16
 """Rows of a batch by which `eos_information` is measured."""
+SHOWN_ROWS = 8
+"""Rows of the evaluation data whose reconstructions are written out."""
 EOS_KINDS = {"text_target": "text", "image": "image"}
 """Losses of a target, and what their part of `eos_information` is called."""
 
@@ -122,8 +127,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
     ) -> Any:
         """The weighted sum of the losses; their means by name go to the log."""
         means = self._means["train" if model.training else "eval"]
-        arguments = {name: value for name, value in inputs.items() if name not in DESCRIPTION}
-        output = model(**arguments)
+        output = model(**model_arguments(inputs))
         self.check_loss(output.loss, inputs["rows"])
         for name, loss in output.losses.items():
             means.add(f"loss_{name}", loss.detach(), 1)
@@ -167,7 +171,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         losses = []
         for rows in (own or examples, swapped or examples):
             batch = self.data_collator.collate(rows)
-            output = model(**{name: value for name, value in batch.items() if name not in DESCRIPTION})
+            output = model(**model_arguments(batch))
             losses.append({name: output.losses[name] for name in ("text_target", "image") if name in output.losses})
         for name, loss in losses[0].items():
             means.add(f"eos_information_{EOS_KINDS[name]}", (losses[1][name] - loss) * count, count)
@@ -186,7 +190,31 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": value for name, value in self._means["eval"].take().items()})
+        self._show_reconstructions()
         return output
+
+    @torch.no_grad()
+    def _show_reconstructions(self) -> None:
+        """Write what the model makes of the first rows of the evaluation data, always masked alike."""
+        examples = []
+        for row in range(min(SHOWN_ROWS, len(self.eval_dataset))):
+            try:
+                examples.append(self.data_collator.example(self.eval_dataset[row]))
+            except CocoaInputError:
+                continue  # counted by the evaluation itself
+        if not examples:
+            return
+        batch = self._prepare_inputs(self.data_collator.collate(examples))
+        with self.compute_loss_context_manager():
+            output = self.model_wrapped.eval()(**model_arguments(batch))
+        if self.is_world_process_zero():
+            grid = draw_pictures(batch, output, self.processing_class, normalized=self.args.normalize_pixels)
+            texts = write_texts(batch, output, self.processing_class)
+            save_reconstructions(self._pictures, self.state.global_step, grid, texts)
+
+    @property
+    def _pictures(self) -> Path:
+        return Path(self.args.output_dir) / "reconstructions"
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the losses by name to a training log."""
@@ -198,6 +226,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         """Write the folder that both doors load; adapters are folded in, and kept beside it for resuming."""
         save_cocoa(merged(self.model.model), self.processing_class, folder)
         self.model.save_heads(folder)
+        if (picture := last_picture(self._pictures)) is not None:
+            add_to_card(folder, picture)
         save_adapter(self.model.model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

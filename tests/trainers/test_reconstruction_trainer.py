@@ -16,7 +16,7 @@ from modeling_cocoa.attention import SOURCE, TARGET
 from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.losses import normalize_patches
 from modeling_cocoa.reconstruction import HEADS_FILE, CocoaForReconstruction
-from trainers.collators import DESCRIPTION, ReconstructionCollator
+from trainers.collators import ReconstructionCollator, model_arguments
 from trainers.reconstruction_config import CocoaReconstructionConfig
 from trainers.reconstruction_trainer import CocoaReconstructionTrainer
 
@@ -61,9 +61,8 @@ def best_constant_losses(batch):
 
 
 def losses_of(model, batch):
-    inputs = {name: value for name, value in batch.items() if name not in DESCRIPTION}
     with torch.no_grad():
-        return {name: float(value) for name, value in model.eval()(**inputs).losses.items()}
+        return {name: float(value) for name, value in model.eval()(**model_arguments(batch)).losses.items()}
 
 
 STAGES = [("warmup", "layerwise", 400), ("bridge", "layerwise", 600), ("bridge", "embedding", 600)]
@@ -210,6 +209,13 @@ def test_losses_are_logged_and_evaluated_by_name(tmp_path, model, processor, emo
     assert metrics == pytest.approx(
         {**trainer.evaluate(), **{k: metrics[k] for k in metrics if "runtime" in k or "per_second" in k}}
     ), "evaluation masks are always the same"
+    names = sorted(path.name for path in (tmp_path / "reconstructions").iterdir())
+    assert names == ["step-4.png", "step-4.txt"]
+    trainer.save_model(str(tmp_path / "final"))
+    assert (tmp_path / "final" / "reconstruction.png").read_bytes() == (
+        tmp_path / "reconstructions" / "step-4.png"
+    ).read_bytes()
+    assert "reconstruction.png" in (tmp_path / "final" / "README.md").read_text()
 
 
 def test_lora_trains_adapters_and_heads_and_saves_plain_weights(tmp_path, model, processor, emoji):

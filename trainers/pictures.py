@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model rebuilds, to look at: a grid of pictures, and the texts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from modeling_cocoa.attention import TARGET
+from modeling_cocoa.processing_cocoa import CocoaProcessor
+from modeling_cocoa.reconstruction import ReconstructionOutput
+
+from .collators import rows_of_units
+from .masking import IGNORE_INDEX
+
+COLUMNS = ("original", "what was masked", "rebuilt")
+SIDE = 128
+"""Pixels to which the longer side of a picture is scaled."""
+LINE = 18
+"""Pixels of a line of writing."""
+GREY = 0.5
+"""Of masked patches, on a scale from 0 to 1."""
+CARD_PICTURE = "reconstruction.png"
+CARD_SECTION = f"""
+## What it rebuilds
+
+Of each picture: as it is, with its masked parts grey, and as the model rebuilds it; a target of the bridge is rebuilt
+from the `<EOS>` of its source alone.
+
+![Originals, what was masked, and what was rebuilt]({CARD_PICTURE})
+"""
+
+
+def draw_pictures(
+    batch: Mapping[str, Any], output: ReconstructionOutput, processor: CocoaProcessor, *, normalized: bool
+) -> Image.Image | None:
+    """
+    A grid of the pictures of a batch that were masked: original, what was masked, rebuilt. `None` where there is none.
+
+    Args:
+        batch (`Mapping`): From [`ReconstructionCollator`].
+        output ([`ReconstructionOutput`]): Of the model for this batch.
+        processor ([`CocoaProcessor`]): Says how pixels were normalised.
+        normalized (`bool`): The model predicts patches at zero mean and unit variance, which tells nothing of their
+            colour: the original's mean and variance are put back, as masked auto-encoding does (arXiv 2111.06377).
+    """
+    if output.pixels is None:
+        return None
+    rows = dict.fromkeys(rows_of_units(batch).tolist())
+    lines = [
+        (f"{batch['directions'][row]}, row {batch['rows'][row]}", pictures)
+        for row, pictures in zip(rows, split_rows(batch, output, processor, normalized), strict=True)
+    ]
+    tall = [max(picture.height for picture in pictures) + LINE for _, pictures in lines]
+    wide = max(picture.width for _, pictures in lines for picture in pictures) + 8
+    grid = Image.new("RGB", (max(len(COLUMNS) * wide, 3 * SIDE), sum(tall) + LINE), "white")
+    draw = ImageDraw.Draw(grid)
+    for column, title in enumerate(COLUMNS):
+        draw.text((column * wide + 2, 3), title, fill="black")
+    top = LINE
+    for (title, pictures), height in zip(lines, tall, strict=True):
+        draw.text((2, top + 3), title, fill="#666666")
+        for column, picture in enumerate(pictures):
+            grid.paste(picture, (column * wide + 2, top + LINE))
+        top += height
+    return grid
+
+
+def split_rows(
+    batch: Mapping[str, Any], output: ReconstructionOutput, processor: CocoaProcessor, normalized: bool
+) -> Iterator[tuple[Image.Image, ...]]:
+    """Of each row with a masked picture, its first one: original, masked, rebuilt."""
+    settings = processor.image_processor
+    units, grids = batch["unit_mask"], batch["image_grid_thw"]
+    originals = batch["pixel_labels"].float().view(len(units), -1, batch["pixel_labels"].shape[1])
+    rebuilt = originals.clone()
+    pixels = output.pixels.float()
+    if normalized:
+        hidden = originals[units]
+        deviation = (hidden.var(dim=-1, keepdim=True, correction=0) + 1e-6).sqrt()
+        pixels = pixels * deviation + hidden.mean(dim=-1, keepdim=True)
+    rebuilt[units] = pixels
+    channels = len(settings.image_mean)
+    mean, std = (torch.tensor(part, device=originals.device) for part in (settings.image_mean, settings.image_std))
+    grey = ((GREY - mean) / std).repeat_interleave(originals.shape[-1] // channels)
+    masked = torch.where(units[:, None, None], grey, originals)
+    sizes = (grids.prod(-1) // settings.merge_size**2).tolist()
+    parts = zip(*(values.split(sizes) for values in (originals, masked, rebuilt)), units.split(sizes), strict=True)
+    owners = torch.arange(len(batch["rows"])).repeat_interleave(batch["images_of_rows"].sum(1).cpu()).tolist()
+    done = set()
+    for row, grid, (*versions, hidden) in zip(owners, grids.tolist(), parts, strict=True):
+        if row not in done and bool(hidden.any()):
+            done.add(row)
+            yield tuple(scaled(to_image(version, grid, settings)) for version in versions)
+
+
+def to_image(units: Tensor, grid: list[int], settings: Any) -> Image.Image:
+    """
+    The first frame of a picture from its units `(units, patches a unit, values)`, as the stock processor orders them.
+
+    Args:
+        grid (`list[int]`): Patches in time, height, width.
+        settings: Stock image processor.
+    """
+    merge, patch = settings.merge_size, settings.patch_size
+    height, width = grid[1] // merge, grid[2] // merge
+    values = units.reshape(grid[0], height, width, merge, merge, -1, settings.temporal_patch_size, patch, patch)[0]
+    pixels = values[..., 0, :, :].permute(0, 2, 5, 1, 3, 6, 4).reshape(grid[1] * patch, grid[2] * patch, -1)
+    mean, std = (torch.tensor(part, device=pixels.device) for part in (settings.image_mean, settings.image_std))
+    pixels = ((pixels * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.cpu().numpy())
+
+
+def scaled(image: Image.Image) -> Image.Image:
+    """The picture with its longer side [`SIDE`] pixels long."""
+    factor = SIDE / max(image.size)
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BILINEAR)
+
+
+def write_texts(batch: Mapping[str, Any], output: ReconstructionOutput, processor: CocoaProcessor) -> str:
+    """The masked texts of a batch: as they are, with `_` for each masked token, and with the likeliest tokens."""
+    if output.token_predictions is None:
+        return ""
+    labels = batch["labels"]
+    hidden = labels != IGNORE_INDEX
+    rebuilt = batch["input_ids"].clone()
+    rebuilt[hidden] = output.token_predictions
+    original = torch.where(hidden, labels, batch["input_ids"])
+    special = torch.tensor(sorted(set(processor.tokenizer.get_added_vocab().values())), device=labels.device)
+    header = len(processor.tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"])
+    is_content = ~torch.isin(original, special)
+    is_content[:, :header] = False
+    lines = []
+    for row, direction in enumerate(batch["directions"]):
+        segments = batch["segment_ids"][row]
+        for part, chosen in (("source", (segments != TARGET) & (segments != 0)), ("target", segments == TARGET)):
+            if not bool((hidden[row] & chosen).any()):
+                continue
+            text = chosen & is_content[row]
+            places = hidden[row][text].tolist()
+            masked = "".join(
+                "_" if is_hidden else processor.tokenizer.decode([token])
+                for token, is_hidden in zip(original[row][text].tolist(), places, strict=True)
+            )
+            lines += [
+                f"{direction}, row {batch['rows'][row]}, {part}",
+                f"  original: {processor.tokenizer.decode(original[row][text])!r}",
+                f"  masked:   {masked!r}",
+                f"  rebuilt:  {processor.tokenizer.decode(rebuilt[row][text])!r}",
+            ]
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def save_reconstructions(folder: Path, step: int, grid: Image.Image | None, texts: str) -> None:
+    """Write `step-N.png` and `step-N.txt` into a folder, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if grid is not None:
+        partial = folder / f"step-{step}.partial"
+        grid.save(partial, format="PNG")
+        os.replace(partial, folder / f"step-{step}.png")
+    if texts:
+        partial = folder / f"step-{step}.partial"
+        partial.write_text(texts, encoding="utf-8")
+        os.replace(partial, folder / f"step-{step}.txt")
+
+
+def last_picture(folder: Path) -> Path | None:
+    """The picture of the last step in a folder of reconstructions."""
+    return max(folder.glob("step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")), default=None)
+
+
+def add_to_card(folder: str | os.PathLike, picture: Path) -> None:
+    """Put a picture into a saved model, and a section that shows it into its card; instead of an earlier one."""
+    shutil.copyfile(picture, Path(folder) / CARD_PICTURE)
+    card = Path(folder) / "README.md"
+    text = card.read_text(encoding="utf-8")
+    if CARD_SECTION not in text:
+        partial = card.with_suffix(".partial")
+        partial.write_text(text.rstrip("\n") + "\n" + CARD_SECTION, encoding="utf-8")
+        os.replace(partial, card)
