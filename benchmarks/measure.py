@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
+import math
 import statistics
-import threading
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,8 +17,6 @@ from typing import Any
 import torch
 
 from .operations import matmul_rate
-
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass
@@ -41,7 +39,10 @@ class Measured:
 
 
 class PeakMemory:
-    """Watches, every few milliseconds, how far memory rises above what it was on entry; `mib` says it on leaving."""
+    """
+    How far memory rises above what it was on entry; `mib` says it on leaving. On a CPU the kernel's own high-water
+    mark is read, which only Linux lets one reset; elsewhere `mib` is not a number.
+    """
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
@@ -49,33 +50,27 @@ class PeakMemory:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             self._start = torch.cuda.memory_allocated()
-        else:
+        elif sys.platform == "linux":
             # What the C library keeps for reuse would hide the next allocations.
             ctypes.CDLL(None).malloc_trim(0)
-            self._start = self._most = resident()
-            self._stop = threading.Event()
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
+            Path("/proc/self/clear_refs").write_text("5")
+            self._start = high_water_mark()
         return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.002):
-            self._most = max(self._most, resident())
 
     def __exit__(self, *details: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated()
+            self.mib = (torch.cuda.max_memory_allocated() - self._start) / 2**20
+        elif sys.platform == "linux":
+            self.mib = (high_water_mark() - self._start) / 2**20
         else:
-            self._stop.set()
-            self._thread.join()
-            peak = self._most
-        self.mib = max(0, peak - self._start) / 2**20
+            self.mib = math.nan
 
 
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+def high_water_mark() -> int:
+    """The most bytes that this process had in memory since the mark was reset."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 def alternate(ways: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, Measured], float]:

@@ -140,7 +140,7 @@ class ReconstructionCollator:
         Choose a direction for one row, and its masks.
 
         Raises:
-            CocoaInputError: the row has neither image nor text, or one that cannot be read.
+            CocoaInputError: the row has neither image nor text, or one that cannot be read, or nothing to mask.
         """
         generator = np.random.default_rng(row["seed"])
         item = {key: row[key] for key in ("image", "text") if row.get(key) is not None}
@@ -148,7 +148,7 @@ class ReconstructionCollator:
             raise CocoaInputError("it has neither an image nor a text.")
         if self.stage == "warmup":
             source = self._segment(item, generator, text_ratio=self.text_mask_ratio, image_ratio=self.image_mask_ratio)
-            return Example(WARMUP, source, row=row.get("index"))
+            return checked(Example(WARMUP, source, row=row.get("index")))
         direction = self._draw_direction(item, generator)
         source_kinds, target_kinds = DIRECTIONS[direction]
         source = self._segment({k: item[k] for k in source_kinds}, generator, text_ratio=self.source_mask_ratio)
@@ -158,7 +158,7 @@ class ReconstructionCollator:
         # A target has neither the template's header nor an EOS of its own.
         target.input_ids = target.input_ids[self._header : -1]
         target.labels = target.labels[self._header : -1]
-        return Example(direction, source, target, row.get("index"))
+        return checked(Example(direction, source, target, row.get("index")))
 
     def _draw_direction(self, item: Mapping[str, Any], generator: np.random.Generator) -> str:
         possible = {
@@ -245,6 +245,24 @@ class ReconstructionCollator:
 def model_arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Of a batch, the arguments of [`CocoaForReconstruction`]."""
     return {name: value for name, value in batch.items() if name not in DESCRIPTION}
+
+
+def checked(example: Example) -> Example:
+    """
+    The same example.
+
+    Raises:
+        CocoaInputError: nothing of what it has to rebuild is masked.
+    """
+    segment = example.source if example.target is None else example.target
+    if not bool((segment.labels != IGNORE_INDEX).any()) and not (
+        segment.unit_mask is not None and bool(segment.unit_mask.any())
+    ):
+        raise CocoaInputError(
+            "nothing in it can be masked: its text has no tokens of its own left within max_length, and it has no "
+            "image to rebuild."
+        )
+    return example
 
 
 def count_images(segment: Segment | None) -> int:

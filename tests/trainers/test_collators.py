@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import collections
+import copy
 
 import pytest
 import torch
@@ -211,3 +212,16 @@ def test_predicted_units_know_their_rows(processor, emoji):
         row for row, direction in enumerate(batch["directions"]) for _ in range(4) if direction != "text_to_text"
     ]
     assert rows_of_units(batch).tolist() == expected
+
+
+def test_a_row_with_nothing_to_mask_is_a_bad_row(processor, emoji):
+    """Its image fills max_length, so that no text is left for the target."""
+    tight = copy.deepcopy(processor)
+    image = {"image": emoji[0]["image"], "text": "a long text about it"}
+    tight.tokenizer.model_max_length = len(processor.encode([{"image": image["image"]}])[0]["input_ids"])
+    collator = ReconstructionCollator(tight, stage="warmup")
+    kept = collator.example({**image, "index": 0, "seed": 0})
+    assert bool(kept.source.unit_mask.any()) and not bool((kept.source.labels != -100).any())
+    tight.tokenizer.model_max_length = len(processor.tokenizer("<|im_start|>user\n")["input_ids"])
+    with pytest.raises(ValueError, match="row 3: nothing in it can be masked"):
+        collator([{"text": "hello", "index": 3, "seed": 0}])
