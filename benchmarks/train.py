@@ -15,9 +15,10 @@ from torch import nn
 
 from modeling_cocoa import CocoaTransformer
 from modeling_cocoa.attention import SOURCE, TARGET, attention_mask_for
+from modeling_cocoa.heads import attach_mask_token
 from modeling_cocoa.losses import normalize_patches
 from modeling_cocoa.packing import pack
-from modeling_cocoa.reconstruction import CocoaForReconstruction, attach_mask_token
+from modeling_cocoa.reconstruction import CocoaForReconstruction
 from trainers.collators import ReconstructionCollator, model_arguments
 
 from .measure import alternate

@@ -335,6 +335,16 @@ class CocoaModelMixin:
         places = order.argsort().tolist()
         return [features[place] for place in places]
 
+    def touch_vision(self) -> Tensor:
+        """
+        A number that every weight of the vision tower has a part in, from one grey image of a single token: for
+        processes that train together, of which one has no image.
+        """
+        grid = torch.tensor([[1, self.visual.spatial_merge_size, self.visual.spatial_merge_size]], device=self.device)
+        width = self.visual.patch_embed.proj.weight[0].numel()
+        pixels = torch.zeros(int(grid.prod()), width, device=self.device)
+        return self.read_images(pixels, grid)[0].float().sum()
+
     def forward_packed(
         self,
         input_ids: Tensor,

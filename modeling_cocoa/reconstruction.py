@@ -8,31 +8,31 @@ the backbone shares or the generative checkpoint brings).
 
 from __future__ import annotations
 
-import copy
-import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
 from .attention import EOS, PADDING, SOURCE, TARGET, attention_mask_for
 from .auto import load_backbone
+from .heads import ImageDecoder, read_lm_head
 from .layers import merged_rotary
 from .losses import masked_token_loss, normalize_patches
-from .modeling_cocoa import hub_arguments
-from .packing import Packing, pack
+from .packing import pack
 
 HEADS_FILE = "reconstruction.safetensors"
 """File beside the weights of a pre-training checkpoint that holds the heads."""
 
 BRIDGES = ("layerwise", "embedding")
+
+LOSSES = ("text_source", "text_target", "image")
+"""Names of the losses: masked source tokens, masked target tokens, predicted image units."""
 
 
 @dataclass
@@ -60,121 +60,12 @@ class ReconstructionOutput(ModelOutput):
     embeddings: Tensor | None = None
 
 
-def read_lm_head(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Tensor | None:
-    """
-    The language-model head of a generative checkpoint, read without building the generative model.
-
-    Args:
-        pretrained_model_name_or_path: Folder or Hub name.
-        kwargs: Those of `from_pretrained`, of which the Hub's (`revision`, `token`, `cache_dir`, ...) are used.
-
-    Returns:
-        `Tensor` of shape `(vocabulary, hidden)`, or `None` where the checkpoint has none.
-    """
-    hub = hub_arguments(kwargs)
-
-    def find(name: str) -> str | None:
-        try:
-            return cached_file(pretrained_model_name_or_path, name, **hub)
-        except OSError:  # how transformers says that there is no such file
-            return None
-
-    file = find(SAFE_WEIGHTS_NAME)
-    if file is None and (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
-        shard = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get("lm_head.weight")
-        file = find(shard) if shard else None
-    if file is None:
-        return None
-    with safe_open(file, framework="pt") as weights:
-        return weights.get_tensor("lm_head.weight") if "lm_head.weight" in weights.keys() else None
-
-
-@torch.no_grad()
-def attach_mask_token(backbone: PreTrainedModel, mask_token_id: int) -> None:
-    """
-    Tell a backbone its `<|mask|>` token; the first time, its embedding becomes the mean of the embedding matrix.
-
-    Raises:
-        ValueError: the embedding matrix has no row for the token, or the checkpoint was trained with another one.
-    """
-    cocoa, weight = backbone.cocoa, backbone.get_input_embeddings().weight
-    if cocoa.mask_token_id == mask_token_id:
-        return
-    if cocoa.mask_token_id is not None:
-        raise ValueError(
-            f"The checkpoint was trained with mask token {cocoa.mask_token_id}, the processor has {mask_token_id}: "
-            "load the processor from the checkpoint."
-        )
-    if mask_token_id >= weight.shape[0]:
-        raise ValueError(
-            f"The embedding matrix has {weight.shape[0]} rows, none for mask token {mask_token_id}: "
-            "call model.resize_token_embeddings(len(processor.tokenizer)) first."
-        )
-    weight[mask_token_id] = weight.float().mean(dim=0)
-    backbone.cocoa = replace(cocoa, mask_token_id=mask_token_id)
-    backbone.config.cocoa = backbone.cocoa.to_dict()
-
-
-class ImageDecoder(nn.Module):
-    """
-    From hidden states to the pixels of one language-model image token (a unit of 2x2 patches).
-
-    Decoder layers of the backbone's own kind, a norm and a linear layer (MoCa, arXiv 2506.23115).
-
-    Args:
-        backbone: The CoCoA backbone whose kind of layer and configuration are used.
-    """
-
-    def __init__(self, backbone: PreTrainedModel) -> None:
-        super().__init__()
-        language_model, vision = backbone.language_model, backbone.config.vision_config
-        layer_class, norm_class = type(language_model.layers[0]), type(language_model.norm)
-        config = copy.deepcopy(language_model.config)
-        self.layers = nn.ModuleList(layer_class(config, index) for index in range(backbone.cocoa.image_decoder_layers))
-        for layer in self.layers:
-            layer.self_attn.is_causal = False
-        self.norm = norm_class(config.hidden_size, eps=config.rms_norm_eps)
-        self.patches_per_unit = vision.spatial_merge_size**2
-        self.values_per_patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self.projection = nn.Linear(config.hidden_size, self.patches_per_unit * self.values_per_patch)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        units: Tensor,
-        *,
-        packing: Packing | None = None,
-        attention_mask: Any = None,
-    ) -> Tensor:
-        """
-        Pixels of some units.
-
-        Args:
-            hidden_states (`Tensor` of shape `(batch, tokens, hidden)`).
-            position_embeddings: Cosines and sines `(batch, tokens, head size)`.
-            units (`Tensor` of bool, shape `(batch, tokens)`): Which tokens to rebuild.
-            packing ([`Packing`], *optional*): Run on one row without padding; otherwise on the padded batch.
-            attention_mask (*optional*): For the padded batch.
-
-        Returns:
-            `Tensor` of shape `(units, patches a unit, values a patch)`, in the batch's order.
-        """
-        places = units.flatten().nonzero()[:, 0]
-        if packing is not None:
-            packed = [part.flatten(0, 1)[packing.index] for part in (hidden_states, *position_embeddings)]
-            hidden_states, position_embeddings = packed[0], tuple(packed[1:])
-            places = torch.empty_like(units.flatten(), dtype=torch.long).index_copy(
-                0, packing.index, torch.arange(len(packing.index), device=packing.index.device)
-            )[places]
-        for layer in self.layers:
-            options = {"packing": packing} if packing is not None else {"attention_mask": attention_mask}
-            output = layer(hidden_states, position_embeddings=position_embeddings, **options)
-            hidden_states = (
-                output[0] if isinstance(output, tuple) else output
-            )  # the stock layer before transformers 5.4
-        chosen = hidden_states.flatten(0, -2)[places]
-        return self.projection(self.norm(chosen)).view(-1, self.patches_per_unit, self.values_per_patch)
+def count_losses(labels: Tensor, segment_ids: Tensor, unit_mask: Tensor | None) -> Tensor:
+    """How many terms each of [`LOSSES`] has in a batch, `(3,)`; arguments as in [`CocoaForReconstruction.forward`]."""
+    masked = labels != -100
+    is_target = segment_ids == TARGET
+    units = torch.zeros((), dtype=torch.long, device=labels.device) if unit_mask is None else unit_mask.sum()
+    return torch.stack([(masked & ~is_target).sum(), (masked & is_target).sum(), units])
 
 
 class CocoaForReconstruction(nn.Module):
@@ -345,6 +236,8 @@ class CocoaForReconstruction(nn.Module):
         pixel_labels: Tensor | None = None,
         unit_mask: Tensor | None = None,
         image_is_target: Tensor | None = None,
+        loss_counts: Tensor | None = None,
+        touch_all: bool = False,
     ) -> ReconstructionOutput:
         """
         Args:
@@ -359,6 +252,12 @@ class CocoaForReconstruction(nn.Module):
             unit_mask (`Tensor` of bool, shape `(units,)`): Units (of all images) to predict.
             image_is_target (`Tensor` of bool, shape `(images,)`): Images of the target segment, whose units carry the
                 learned mask embedding and never pass the vision tower.
+            loss_counts (`Tensor` of shape `(3,)`, *optional*): By what the sums of the losses [`LOSSES`] are divided;
+                by default what this batch has of each (see [`count_losses`]), which makes them means. Where a step is
+                spread over processes or batches, its count in all of them makes the step's gradients those of one
+                batch.
+            touch_all (`bool`, defaults to `False`): Let every weight take part, with a gradient of zero where this
+                batch has no use for it: processes that train together must.
 
         Returns:
             [`ReconstructionOutput`].
@@ -379,8 +278,11 @@ class CocoaForReconstruction(nn.Module):
             embeddings = nn.functional.normalize(hidden[segment_ids == EOS], dim=-1)
 
         output = ReconstructionOutput(embeddings=embeddings, losses={})
-        terms = []
+        own_counts = count_losses(labels, segment_ids, unit_mask)
+        if loss_counts is None:
+            loss_counts = own_counts
         masked = labels != -100
+        sums: dict[str, Tensor] = {}
         if bool(masked.any()):
             weight = self.lm_head.weight if self.lm_head is not None else backbone.get_input_embeddings().weight
             predicting = hidden[:, :-1][masked[:, 1:]]
@@ -388,26 +290,50 @@ class CocoaForReconstruction(nn.Module):
             segments = segment_ids[masked]
             for name, segment in (("text_source", SOURCE), ("text_target", TARGET)):
                 if bool((segments == segment).any()):
-                    output.losses[name] = output.token_losses[segments == segment].mean()
-                    terms.append(output.losses[name])
+                    sums[name] = output.token_losses[segments == segment].sum()
         if unit_mask is not None and bool(unit_mask.any()):
             units = torch.zeros_like(image_tokens)
             units[image_tokens] = unit_mask
-            if "packing" in attention:
-                rotary = merged_rotary(backbone.language_model, hidden, positions)
-            else:
-                rotary = backbone.language_model.rotary_emb(hidden, positions)
-            output.pixels = self.image_decoder(hidden, rotary, units, **attention)
+            output.pixels = self._decode(hidden, positions, units, attention)
             targets = pixel_labels.view(-1, *output.pixels.shape[1:])[unit_mask].float()
             if self.normalize_pixels:
                 targets = normalize_patches(targets)
             output.unit_losses = (output.pixels.float() - targets).square().mean(dim=(1, 2))
-            output.losses["image"] = output.unit_losses.mean()
-            terms.append(self.image_loss_weight * output.losses["image"])
-        if not terms:
+            sums["image"] = output.unit_losses.sum()
+        if not sums:
             raise ValueError("Nothing is masked in this batch: no labels and no units to predict.")
-        output.loss = torch.stack(terms).sum()
+        counts = dict(zip(LOSSES, own_counts, strict=True))
+        weights = {"image": self.image_loss_weight}
+        output.losses = {name: total / counts[name] for name, total in sums.items()}
+        divisors = dict(zip(LOSSES, loss_counts, strict=True))
+        output.loss = torch.stack(
+            [weights.get(name, 1.0) * total / divisors[name] for name, total in sums.items()]
+        ).sum()
+        if touch_all:
+            output.loss = output.loss + 0.0 * self._touch_heads(hidden) + 0.0 * backbone.touch_vision()
         return output
+
+    def _touch_heads(self, hidden: Tensor) -> Tensor:
+        """A number that every weight of the heads has a part in."""
+        state = hidden.flatten(0, 1)[:1]
+        segments = torch.full((1, 1), EOS, device=hidden.device)
+        positions = torch.zeros(3, 1, 1, dtype=torch.long, device=hidden.device)
+        unit = (state + self.unit_mask_embedding)[None]
+        attention = self._attention(segments, hidden.dtype)
+        total = self._decode(unit, positions, segments == EOS, attention).float().sum()
+        for head in (self.lm_head, self.bridge_projection):
+            if head is not None:
+                total = total + head(state).float().sum()
+        return total
+
+    def _decode(self, hidden: Tensor, positions: Tensor, units: Tensor, attention: dict[str, Any]) -> Tensor:
+        """[`ImageDecoder`] on rows under collaborative attention."""
+        language_model = self.model.language_model
+        if "packing" in attention:
+            rotary = merged_rotary(language_model, hidden, positions)
+        else:
+            rotary = language_model.rotary_emb(hidden, positions)
+        return self.image_decoder(hidden, rotary, units, **attention)
 
     def _image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, image_is_target: Tensor | None) -> Tensor:
         """Features of every unit, in order: the vision tower's for sources, the mask embedding for targets."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 
+from modeling_cocoa.heads import attach_mask_token
 from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
-from modeling_cocoa.reconstruction import HEADS_FILE, CocoaForReconstruction, attach_mask_token
+from modeling_cocoa.reconstruction import (
+    HEADS_FILE,
+    LOSSES,
+    CocoaForReconstruction,
+    count_losses,
+)
 from modeling_cocoa.saving import save_cocoa
 
 from .adapters import add_adapter, load_checkpoint, merged, save_adapter
@@ -116,18 +123,34 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             optimizers=optimizers,
         )
         self.label_names = ["labels"]
+        # The losses are divided by the counts of the whole step, over its batches and processes.
+        self.model_accepts_loss_kwargs = True
         self.show_losses()
 
     def _get_train_sampler(self, train_dataset: torch.utils.data.Dataset | None = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         return EpochSampler(len(dataset), self.args.seed, epoch=lambda: int(self.state.epoch or 0))
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor]:
+        """The batches of a step, and how many terms each of its losses has in all of them and in all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [count_losses(batch["labels"], batch["segment_ids"], batch.get("unit_mask")) for batch in batches]
+        total = torch.stack(counts).sum(0).to(device) if counts else torch.zeros(len(LOSSES), device=device)
+        return batches, self.accelerator.reduce(total)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted sum of the losses; their means by name go to the log."""
         means = self._means["train" if model.training else "eval"]
-        output = model(**model_arguments(inputs))
+        spread = {}
+        if num_items_in_batch is not None:
+            # DDP and its kin take the mean over processes, of losses that are parts of a sum here.
+            processes = self.accelerator.num_processes
+            spread = {"loss_counts": num_items_in_batch / processes, "touch_all": processes > 1}
+        output = model(**model_arguments(inputs), **spread)
         self.check_loss(output.loss, inputs["rows"])
         for name, loss in output.losses.items():
             means.add(f"loss_{name}", loss.detach(), 1)

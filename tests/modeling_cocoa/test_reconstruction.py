@@ -6,8 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from modeling_cocoa.attention import EOS, FLEX_ATTENTION, PADDING, SOURCE, TARGET
+from modeling_cocoa.heads import attach_mask_token, read_lm_head
 from modeling_cocoa.losses import masked_token_loss, normalize_patches
-from modeling_cocoa.reconstruction import CocoaForReconstruction, attach_mask_token, read_lm_head
+from modeling_cocoa.reconstruction import CocoaForReconstruction, count_losses
 from tests.conftest import (
     CLASSES,
     EOS_ID,
@@ -376,3 +377,37 @@ def test_the_mask_token_starts_as_the_mean_and_is_kept(model_type, backbone):
 def test_a_mask_token_without_a_row_is_an_error(backbone):
     with pytest.raises(ValueError, match="resize_token_embeddings"):
         attach_mask_token(backbone, 5000)
+
+
+def test_counts_of_a_whole_step_make_its_parts_add_up(model_type):
+    """Two batches divided by the counts of both have the gradients of the two as one batch."""
+    model = reconstruction(model_type).train()
+    whole = bridge_batch("both_to_both")
+    model(**whole).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    counts = count_losses(whole["labels"], whole["segment_ids"], whole["unit_mask"])
+    once = model(**whole, loss_counts=2 * counts)
+    assert float(once.losses["image"]) == pytest.approx(float(model(**whole).losses["image"])), "means stay means"
+    for _ in range(2):
+        model(**whole, loss_counts=2 * counts).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("bridge", ["layerwise", "embedding"])
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_a_batch_of_texts_lets_every_weight_take_part(model_type, bridge, attn_implementation):
+    model = reconstruction(model_type, bridge, attn_implementation).train()
+    batch = bridge_batch("text_to_text")
+    plain = model(**batch)
+    plain.loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert any(gradient is None for gradient in expected.values())
+    model.zero_grad()
+    output = model(**batch, touch_all=True)
+    assert float(output.loss.detach()) == float(plain.loss.detach())
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        wanted = torch.zeros_like(parameter) if expected[name] is None else expected[name]
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-5, atol=1e-7, msg=name)

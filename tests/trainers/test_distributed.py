@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from modeling_cocoa.saving import save_cocoa
@@ -88,3 +90,76 @@ def test_reconstruction_logs_the_means_of_all_processes(tmp_path, start):
     # Before the first step the weights are the same, and so is the share of tokens predicted right over all rows.
     assert two[0]["token_accuracy"] == pytest.approx(one[0]["token_accuracy"], abs=1e-6)
     assert two[0]["text_image_to_text"] == pytest.approx(one[0]["text_image_to_text"], rel=1e-4)
+
+
+GRADIENTS = """
+import json, os, sys
+import torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+from trainers import CocoaReconstructionConfig, CocoaReconstructionTrainer
+
+model, folder, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+
+
+class Keep(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        model = getattr(model, "module", model)
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        gradients = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        save_file(gradients, os.path.join(folder, "gradients.safetensors"))
+
+
+args = CocoaReconstructionConfig(
+    output_dir=folder, max_steps=1, max_grad_norm=1e9, logging_steps=1, save_strategy="no", report_to="none",
+    use_cpu=True, disable_tqdm=True, check_data=False, ddp_find_unused_parameters=False, **options,
+)
+rows = Dataset.from_parquet(os.path.join(model, "rows.parquet"))
+trainer = CocoaReconstructionTrainer(model, args, train_dataset=rows, callbacks=[Keep()])
+trainer.train()
+if trainer.is_world_process_zero():
+    with open(os.path.join(folder, "loss.json"), "w") as file:
+        json.dump(trainer.state.log_history[0]["loss"], file)
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
+
+def gradients_of(start, folder, processes, **options):
+    folder.mkdir()
+    script = folder / "train.py"
+    script.write_text(GRADIENTS)
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher, str(script), str(start), str(folder), json.dumps(options)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-8000:]
+    return load_file(folder / "gradients.safetensors"), json.loads((folder / "loss.json").read_text())
+
+
+@pytest.mark.parametrize("stage", ["warmup", "bridge"])
+def test_texts_on_one_process_and_images_on_the_other(tmp_path, start, emoji, stage):
+    """The gradients of one process with all the rows, and of one that takes them in two batches."""
+    rows = [{"image": emoji[i]["image"], "text": emoji[i]["text"] if i % 2 else None} for i in range(4)]
+    rows += [{"image": None, "text": emoji[i]["text"]} for i in range(4, 8)]
+    order = np.random.default_rng((42, 0)).permutation(8)  # in which EpochSampler visits them
+    placed = [rows[int(np.flatnonzero(order == place)[0])] for place in range(8)]
+    features = emoji.select_columns(["image", "text"]).features
+    Dataset.from_list(placed, features=features).to_parquet(str(start / "rows.parquet"))
+    options = {"stage": stage, "seed": 42}
+    whole, loss = gradients_of(start, tmp_path / "whole", 1, per_device_train_batch_size=8, **options)
+    parts, parts_loss = gradients_of(
+        start, tmp_path / "parts", 1, per_device_train_batch_size=4, gradient_accumulation_steps=2, **options
+    )
+    two, two_loss = gradients_of(start, tmp_path / "two", 2, per_device_train_batch_size=4, **options)
+    assert (two_loss, parts_loss) == pytest.approx((loss, loss), rel=1e-5)
+    assert any("visual" in name for name in whole) and set(parts) == set(whole)
+    for name, gradient in two.items():
+        expected = whole.get(name, torch.zeros_like(gradient))
+        for found in (gradient, parts.get(name, expected)):
+            assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-9, name
