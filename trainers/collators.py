@@ -117,6 +117,7 @@ class ReconstructionCollator:
             raise ValueError("direction_weights are all 0: there is no direction to train.")
         tokenizer = self.processor.tokenizer
         self._header = len(tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"])
+        self._frame = self._header + 1  # and the EOS
         self._special = torch.tensor(sorted(set(tokenizer.get_added_vocab().values())))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -149,7 +150,7 @@ class ReconstructionCollator:
         if self.stage == "warmup":
             source = self._segment(item, generator, text_ratio=self.text_mask_ratio, image_ratio=self.image_mask_ratio)
             return checked(Example(WARMUP, source, row=row.get("index")))
-        direction = self._draw_direction(item, generator)
+        direction = self._draw_direction(set(item), generator)
         source_kinds, target_kinds = DIRECTIONS[direction]
         source = self._segment({k: item[k] for k in source_kinds}, generator, text_ratio=self.source_mask_ratio)
         target = self._segment(
@@ -160,15 +161,32 @@ class ReconstructionCollator:
         target.labels = target.labels[self._header : -1]
         return checked(Example(direction, source, target, row.get("index")))
 
-    def _draw_direction(self, item: Mapping[str, Any], generator: np.random.Generator) -> str:
+    def count_tokens(self, image: int, text: int, seed: Any) -> int:
+        """
+        Tokens of the example that a row becomes, before it is cut to `max_length`.
+
+        Args:
+            image, text (`int`): Tokens of its image and of its text, 0 for a side that it lacks.
+            seed: Of the row.
+        """
+        of = {name: count for name, count in (("image", image + 2 if image else 0), ("text", text)) if count}
+        if self.stage == "warmup" or not of:
+            return self._frame + sum(of.values())
+        try:
+            source, target = DIRECTIONS[self._draw_direction(set(of), np.random.default_rng(seed))]
+        except CocoaInputError:
+            return self._frame
+        return self._frame + sum(of[kind] for kind in (*source, *target))
+
+    def _draw_direction(self, kinds: set[str], generator: np.random.Generator) -> str:
         possible = {
             name: self.direction_weights.get(name, 0.0)
             for name, (source, target) in DIRECTIONS.items()
-            if set(source) | set(target) <= set(item)
+            if set(source) | set(target) <= kinds
         }
         total = sum(possible.values())
         if not total:
-            raise CocoaInputError(f"it has only {sorted(item)}, which no direction with a weight above 0 can use.")
+            raise CocoaInputError(f"it has only {sorted(kinds)}, which no direction with a weight above 0 can use.")
         return str(generator.choice(list(possible), p=[weight / total for weight in possible.values()]))
 
     def _segment(

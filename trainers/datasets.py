@@ -45,8 +45,13 @@ class ReconstructionDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: int) -> dict[str, Any]:
+        index, seed = self.visit(key)
+        return {**self.dataset[index], "index": index, "seed": seed}
+
+    def visit(self, key: int) -> tuple[int, tuple[int, int, int]]:
+        """The row that an index means, and the seed of that visit."""
         epoch, index = divmod(int(key), len(self.dataset))
-        return {**self.dataset[index], "index": index, "seed": (self.seed, epoch, index)}
+        return index, (self.seed, epoch, index)
 
 
 class EpochSampler(Sampler[int]):
@@ -68,9 +73,12 @@ class EpochSampler(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        epoch = self.epoch()
-        for index in np.random.default_rng((self.seed, epoch)).permutation(self.length).tolist():
-            yield epoch * self.length + index
+        yield from self.order(self.epoch())
+
+    def order(self, epoch: int) -> list[int]:
+        """What an epoch yields: `epoch * length + row`."""
+        rows = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+        return (epoch * self.length + rows).tolist()
 
 
 def check_rows(dataset: torch.utils.data.Dataset, collate: Callable[[list[Any]], Any], name: str) -> None:

@@ -32,6 +32,13 @@ class CocoaReconstructionConfig(DataOptions, TrainingArguments):
     max_grad_norm: float = field(default=5.0, metadata={"help": "Largest gradient norm; larger ones are scaled down."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
 
+    per_device_train_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a batch on each device, images counted at their true number: rows are taken until it "
+            "is full, instead of per_device_train_batch_size of them."
+        },
+    )
     stage: str = field(
         default="warmup",
         metadata={
@@ -75,6 +82,10 @@ class CocoaReconstructionConfig(DataOptions, TrainingArguments):
         for name in ("text_mask_ratio", "image_mask_ratio", "source_mask_ratio", "target_mask_ratio"):
             check_ratio(name, getattr(self, name))
         check_choices(self, "stage", "bridge", "image_mask_fill")
+        if self.per_device_train_batch_tokens is not None and self.per_device_train_batch_tokens < 1:
+            raise ValueError(
+                f"per_device_train_batch_tokens must be 1 or more; got {self.per_device_train_batch_tokens}."
+            )
         if self.image_loss_weight < 0:
             raise ValueError(f"image_loss_weight must be 0 or more; got {self.image_loss_weight}.")
         # Rows reach the collator through a dataset of ours, so there is no unused column to remove.

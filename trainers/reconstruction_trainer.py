@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
 from modeling_cocoa.heads import attach_mask_token
@@ -29,6 +31,7 @@ from modeling_cocoa.saving import save_cocoa
 
 from .adapters import add_adapter, load_checkpoint, merged, save_adapter
 from .base import CocoaTrainerMixin
+from .batching import TokenBatchSampler, count_row_tokens
 from .collators import ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
 from .datasets import EpochSampler, ReconstructionDataset, check_rows
 from .masking import IGNORE_INDEX
@@ -92,6 +95,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         if peft_config is not None:
             add_adapter(model.model, peft_config)
 
+        self._row_tokens: np.ndarray | None = None
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         collator = ReconstructionCollator(
             processing_class,
@@ -130,6 +134,33 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
     def _get_train_sampler(self, train_dataset: torch.utils.data.Dataset | None = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         return EpochSampler(len(dataset), self.args.seed, epoch=lambda: int(self.state.epoch or 0))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of rows, or of tokens where `per_device_train_batch_tokens` is given."""
+        batch_tokens = self.args.per_device_train_batch_tokens
+        if batch_tokens is None or self.train_dataset is None:
+            return super().get_train_dataloader()
+        rows, collator = self.train_dataset, self.data_collator
+        if self._row_tokens is None:
+            self._row_tokens = count_row_tokens(rows.dataset, self.processing_class)
+
+        def tokens(key: int) -> int:
+            index, seed = rows.visit(key)
+            return collator.count_tokens(*self._row_tokens[index].tolist(), seed)
+
+        batches = TokenBatchSampler(
+            self._get_train_sampler(), tokens, batch_tokens, processes=self.accelerator.num_processes
+        )
+        loader = DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

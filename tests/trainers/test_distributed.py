@@ -163,3 +163,13 @@ def test_texts_on_one_process_and_images_on_the_other(tmp_path, start, emoji, st
         expected = whole.get(name, torch.zeros_like(gradient))
         for found in (gradient, parts.get(name, expected)):
             assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-9, name
+
+
+def test_batches_by_tokens_are_shared_between_processes(tmp_path, start):
+    """Two batches of the budget have the gradients of the same rows in one process, taken in two batches."""
+    options = {"stage": "warmup", "per_device_train_batch_tokens": 120}
+    two, loss = gradients_of(start, tmp_path / "two", 2, **options)
+    one, one_loss = gradients_of(start, tmp_path / "one", 1, gradient_accumulation_steps=2, **options)
+    assert loss == pytest.approx(one_loss, rel=1e-5)
+    for name, gradient in one.items():
+        assert (two[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of so many tokens instead of so many rows."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+from torch.utils.data import Sampler
+from tqdm.auto import tqdm
+
+from modeling_cocoa.processing_cocoa import CocoaProcessor
+
+from .datasets import EpochSampler
+
+ROWS_AT_ONCE = 1024
+"""Rows that are counted at a time."""
+
+
+class TokenBatchSampler(Sampler[list[int]]):
+    """
+    Batches of at most so many tokens; a row that is longer alone makes a batch of its own.
+
+    Every epoch has as many batches as the first, and so many that each process gets the same number: of an epoch that
+    would have more, the last few are left out, which differ from epoch to epoch; of one that would have fewer, the
+    largest are parted.
+
+    Args:
+        rows ([`EpochSampler`]): The order of the rows.
+        tokens (`Callable[[int], int]`): Of a row, by what `rows` calls it.
+        batch_tokens (`int`): Tokens of a batch.
+        processes (`int`, defaults to 1): Processes that share the batches, in turn.
+
+    Raises:
+        ValueError: there are fewer rows than processes.
+    """
+
+    def __init__(
+        self, rows: EpochSampler, tokens: Callable[[int], int], batch_tokens: int, processes: int = 1
+    ) -> None:
+        if len(rows) < processes:
+            raise ValueError(f"{len(rows)} rows do not suffice for {processes} processes.")
+        self.rows = rows
+        self.tokens = tokens
+        self.batch_tokens = batch_tokens
+        found = len(self.pack(rows.order(0)))
+        self.length = max(1, found // processes) * processes
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = self.pack(list(self.rows))[: self.length]
+        while len(batches) < self.length:
+            place = max(range(len(batches)), key=lambda index: len(batches[index]))
+            middle = len(batches[place]) // 2
+            batches[place : place + 1] = [batches[place][:middle], batches[place][middle:]]
+        yield from batches
+
+    def pack(self, rows: list[int]) -> list[list[int]]:
+        """Rows, in their order, as batches."""
+        batches: list[list[int]] = []
+        total = 0
+        for row in rows:
+            tokens = self.tokens(row)
+            if not batches or total + tokens > self.batch_tokens:
+                batches.append([])
+                total = 0
+            batches[-1].append(row)
+            total += tokens
+        return batches
+
+
+def count_row_tokens(dataset: Dataset, processor: CocoaProcessor) -> np.ndarray:
+    """
+    Tokens of each row's image and text, without what the template puts around them; 0 for a side it lacks.
+
+    Pictures are not decoded: their files say their size.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Columns `image`, `text`, or both.
+        processor ([`CocoaProcessor`]).
+
+    Returns:
+        `np.ndarray` of shape `(rows, 2)`: image tokens and text tokens. A row whose image cannot be read counts as one
+        without; whoever reads it later says so.
+    """
+    if isinstance(dataset.features.get("image"), ImageFeature):
+        dataset = dataset.cast_column("image", ImageFeature(decode=False))
+    counts = np.zeros((len(dataset), 2), dtype=np.int64)
+    settings = processor.image_processor
+    for start in tqdm(range(0, len(dataset), ROWS_AT_ONCE), desc="Counting tokens", unit="k rows", leave=False):
+        rows = dataset[start : start + ROWS_AT_ONCE]
+        for offset, value in enumerate(rows.get("image", [])):
+            if (size := image_size(value)) is not None:
+                width, height = size
+                patches = settings.get_number_of_image_patches(height, width)
+                counts[start + offset, 0] = patches // settings.merge_size**2
+        texts = [(offset, text) for offset, text in enumerate(rows.get("text", [])) if text]
+        if texts:
+            encoded = processor.tokenizer([text for _, text in texts], add_special_tokens=False, verbose=False)
+            for (offset, _), ids in zip(texts, encoded["input_ids"], strict=True):
+                counts[start + offset, 1] = len(ids)
+    return counts
+
+
+def image_size(value: Any) -> tuple[int, int] | None:
+    """Width and height of an image in a dataset's cell, as its file says; `None` where it says nothing."""
+    if value is None:
+        return None
+    if isinstance(value, Image.Image):
+        return value.size
+    source = value.get("path") if value.get("bytes") is None else io.BytesIO(value["bytes"])
+    try:
+        with Image.open(source) as image:
+            return image.size
+    except Exception:  # decoders raise what they like
+        return None
