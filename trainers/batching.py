@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, LargeList, Sequence
 from datasets import Image as ImageFeature
 from PIL import Image
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 
+from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 
+from .collators import choose_parts
 from .datasets import EpochSampler
+from .rows import parts_of
 
 ROWS_AT_ONCE = 1024
 """Rows that are counted at a time."""
@@ -78,35 +81,52 @@ class TokenBatchSampler(Sampler[list[int]]):
 
 def count_row_tokens(dataset: Dataset, processor: CocoaProcessor) -> np.ndarray:
     """
-    Tokens of each row's image and text, without what the template puts around them; 0 for a side it lacks.
+    Tokens of each row's images, with the two around each, and of its texts; 0 for a side it lacks.
 
     Pictures are not decoded: their files say their size.
 
     Args:
-        dataset ([`~datasets.Dataset`]): Columns `image`, `text`, or both.
+        dataset ([`~datasets.Dataset`]): Rows in any of the forms of [`~rows.parts_of`].
         processor ([`CocoaProcessor`]).
 
     Returns:
-        `np.ndarray` of shape `(rows, 2)`: image tokens and text tokens. A row whose image cannot be read counts as one
-        without; whoever reads it later says so.
+        `np.ndarray` of shape `(rows, 2)`: image tokens and text tokens. An image that cannot be read, and a row that
+        is none, count nothing; whoever reads them later says so.
     """
-    if isinstance(dataset.features.get("image"), ImageFeature):
-        dataset = dataset.cast_column("image", ImageFeature(decode=False))
-    counts = np.zeros((len(dataset), 2), dtype=np.int64)
     settings = processor.image_processor
-    for start in tqdm(range(0, len(dataset), ROWS_AT_ONCE), desc="Counting tokens", unit="k rows", leave=False):
-        rows = dataset[start : start + ROWS_AT_ONCE]
-        for offset, value in enumerate(rows.get("image", [])):
-            if (size := image_size(value)) is not None:
-                width, height = size
-                patches = settings.get_number_of_image_patches(height, width)
-                counts[start + offset, 0] = patches // settings.merge_size**2
-        texts = [(offset, text) for offset, text in enumerate(rows.get("text", [])) if text]
-        if texts:
-            encoded = processor.tokenizer([text for _, text in texts], add_special_tokens=False, verbose=False)
-            for (offset, _), ids in zip(texts, encoded["input_ids"], strict=True):
-                counts[start + offset, 1] = len(ids)
+    dataset = dataset.cast(undecoded(dataset.features))
+    counts = np.zeros((len(dataset), 2), dtype=np.int64)
+    with tqdm(total=len(dataset), desc="Counting tokens", unit="row", leave=False) as bar:
+        for start in range(0, len(dataset), ROWS_AT_ONCE):
+            texts: list[tuple[int, str]] = []
+            rows = dataset.select(range(start, min(start + ROWS_AT_ONCE, len(dataset))))
+            for place, row in enumerate(rows, start):
+                try:
+                    parts = parts_of(row)
+                except CocoaInputError:
+                    continue
+                texts += [(place, part["text"]) for part in choose_parts(parts, ("text",))]
+                for size in (image_size(part["image"]) for part in parts if part["type"] == "image"):
+                    if size is not None:
+                        patches = settings.get_number_of_image_patches(size[1], size[0])
+                        counts[place, 0] += patches // settings.merge_size**2 + 2
+            if texts:
+                encoded = processor.tokenizer([text for _, text in texts], add_special_tokens=False, verbose=False)
+                for (place, _), ids in zip(texts, encoded["input_ids"], strict=True):
+                    counts[place, 1] = len(ids)
+            bar.update(len(rows))
     return counts
+
+
+def undecoded(feature: Any) -> Any:
+    """A dataset's features with every image left as the bytes or the path that it is."""
+    if isinstance(feature, ImageFeature):
+        return ImageFeature(decode=False)
+    if isinstance(feature, dict):
+        return type(feature)({name: undecoded(part) for name, part in feature.items()})
+    if isinstance(feature, (Sequence, LargeList)):
+        return type(feature)(undecoded(feature.feature))
+    return feature
 
 
 def image_size(value: Any) -> tuple[int, int] | None:

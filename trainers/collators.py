@@ -16,6 +16,7 @@ from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 
 from .masking import IGNORE_INDEX, check_ratio, choose, mask_text
+from .rows import Part, join_texts, parts_of
 
 DIRECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "image_to_text": (("image",), ("text",)),
@@ -66,9 +67,10 @@ class Example:
 @dataclass
 class ReconstructionCollator:
     """
-    Turns rows `{"image", "text", "seed"}` into the arguments of [`CocoaForReconstruction`].
+    Turns rows, in any of the forms of [`~rows.parts_of`] and each with a `seed`, into the arguments of
+    [`CocoaForReconstruction`].
 
-    A row has an image, a text, or both. In the warm-up it becomes one masked sequence; in the bridge a direction is
+    A row has images, texts, or both. In the warm-up it becomes one masked sequence; in the bridge a direction is
     drawn for it among those it can serve, in proportion to their weights. Every draw of a row comes from its `seed`
     alone, so neither the number of workers nor a resumed run changes what is masked.
 
@@ -144,17 +146,17 @@ class ReconstructionCollator:
             CocoaInputError: the row has neither image nor text, or one that cannot be read, or nothing to mask.
         """
         generator = np.random.default_rng(row["seed"])
-        item = {key: row[key] for key in ("image", "text") if row.get(key) is not None}
-        if not item:
-            raise CocoaInputError("it has neither an image nor a text.")
+        parts = parts_of(row)
         if self.stage == "warmup":
-            source = self._segment(item, generator, text_ratio=self.text_mask_ratio, image_ratio=self.image_mask_ratio)
+            source = self._segment(
+                parts, generator, text_ratio=self.text_mask_ratio, image_ratio=self.image_mask_ratio
+            )
             return checked(Example(WARMUP, source, row=row.get("index")))
-        direction = self._draw_direction(set(item), generator)
+        direction = self._draw_direction({part["type"] for part in parts}, generator)
         source_kinds, target_kinds = DIRECTIONS[direction]
-        source = self._segment({k: item[k] for k in source_kinds}, generator, text_ratio=self.source_mask_ratio)
+        source = self._segment(choose_parts(parts, source_kinds), generator, text_ratio=self.source_mask_ratio)
         target = self._segment(
-            {k: item[k] for k in target_kinds}, generator, text_ratio=self.target_mask_ratio, image_ratio=1.0
+            choose_parts(parts, target_kinds), generator, text_ratio=self.target_mask_ratio, image_ratio=1.0
         )
         # A target has neither the template's header nor an EOS of its own.
         target.input_ids = target.input_ids[self._header : -1]
@@ -166,10 +168,11 @@ class ReconstructionCollator:
         Tokens of the example that a row becomes, before it is cut to `max_length`.
 
         Args:
-            image, text (`int`): Tokens of its image and of its text, 0 for a side that it lacks.
+            image, text (`int`): Tokens of its images, with those around them, and of its texts; 0 for a side that it
+                lacks.
             seed: Of the row.
         """
-        of = {name: count for name, count in (("image", image + 2 if image else 0), ("text", text)) if count}
+        of = {name: count for name, count in (("image", image), ("text", text)) if count}
         if self.stage == "warmup" or not of:
             return self._frame + sum(of.values())
         try:
@@ -191,13 +194,13 @@ class ReconstructionCollator:
 
     def _segment(
         self,
-        item: Mapping[str, Any],
+        parts: list[Part],
         generator: np.random.Generator,
         *,
         text_ratio: float,
         image_ratio: float | None = None,
     ) -> Segment:
-        encoded = self.processor.encode([dict(item)])[0]
+        encoded = self.processor.encode([[{"role": "user", "content": parts}]])[0]
         ids = encoded["input_ids"]
         maskable = ~torch.isin(ids, self._special)
         maskable[: self._header] = False
@@ -263,6 +266,11 @@ class ReconstructionCollator:
 def model_arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Of a batch, the arguments of [`CocoaForReconstruction`]."""
     return {name: value for name, value in batch.items() if name not in DESCRIPTION}
+
+
+def choose_parts(parts: list[Part], kinds: Sequence[str]) -> list[Part]:
+    """The parts of some kinds, in their order; texts that become neighbours are joined."""
+    return join_texts(part for part in parts if part["type"] in kinds)
 
 
 def checked(example: Example) -> Example:

@@ -12,12 +12,12 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 
-COLUMNS = ("image", "text")
+from .rows import ROW_COLUMNS
 
 
 class ReconstructionDataset(torch.utils.data.Dataset):
     """
-    Rows with an `image`, a `text` or both, each with a seed of its own for every epoch.
+    Rows in any of the forms of [`~rows.parts_of`], each with a seed of its own for every epoch.
 
     Indexed by `epoch * len(dataset) + row` (see [`EpochSampler`]), so a visit's seed follows from the index alone.
 
@@ -30,10 +30,10 @@ class ReconstructionDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, dataset: Dataset, seed: int) -> None:
-        present = [name for name in COLUMNS if name in dataset.column_names]
+        present = [name for name in ROW_COLUMNS if name in dataset.column_names]
         if not present:
             raise ValueError(
-                f"The dataset needs a column {' or '.join(map(repr, COLUMNS))}; it has {dataset.column_names}. "
+                f"The dataset needs a column of {list(ROW_COLUMNS)}; it has {dataset.column_names}. "
                 "Rename yours with dataset.rename_column(...)."
             )
         if not len(dataset):

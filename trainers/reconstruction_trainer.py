@@ -56,8 +56,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             [`CocoaForReconstruction.from_pretrained`], in float32: a generative Qwen2-VL / Qwen2.5-VL checkpoint, or
             one that an earlier stage saved.
         args ([`CocoaReconstructionConfig`], *optional*).
-        train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): Columns `image` and `text`; a row may lack
-            either.
+        train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): Rows in any of the forms of
+            [`~rows.parts_of`]: `image` or `images` and `text`, interleaved `images` and `texts`, or `messages`.
         processing_class ([`CocoaProcessor`], *optional*): By default the model's own, with `args`' sizes.
         peft_config ([`~peft.PeftConfig`], *optional*): Train adapters in the backbone; the heads train in full.
         callbacks, optimizers: As in [`~transformers.Trainer`].

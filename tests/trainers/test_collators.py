@@ -138,7 +138,7 @@ def test_rows_without_one_side_mix_with_others(processor, emoji):
     ("bad", "reason"),
     [
         ({"image": None, "text": None}, "neither an image nor a text"),
-        ({"image": None, "text": "  "}, "empty"),
+        ({"image": None, "text": "  "}, "neither an image nor a text"),
         ({"image": "missing.png", "text": None}, "missing.png"),
     ],
 )

@@ -269,7 +269,7 @@ def test_wrong_settings_are_named(tmp_path, options, message):
 
 def test_wrong_columns_are_named(tmp_path, model, processor):
     dataset = Dataset.from_dict({"caption": ["a"]})
-    with pytest.raises(ValueError, match=r"'image' or 'text'.*\['caption'\]"):
+    with pytest.raises(ValueError, match=r"'image', 'images', 'text', .*\['caption'\]"):
         trainer_of(model, processor, dataset, tmp_path)
 
 

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms that rows of pre-training data come in, as one: texts and images in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from modeling_cocoa.inputs import CocoaInputError
+
+ROW_COLUMNS = ("image", "images", "text", "texts", "messages")
+"""Columns that rows are read from."""
+
+Part = dict[str, Any]
+"""`{"type": "text", "text"}` or `{"type": "image", "image"}`."""
+
+
+def parts_of(row: Mapping[str, Any]) -> list[Part]:
+    """
+    The texts and images of a row, in their order; neighbouring texts joined by a newline.
+
+    A row has one of three forms; what is None or blank is left out:
+
+    - `image` or `images`, and `text`: the images come first.
+    - `images` and `texts`, lists of equal length in which each place has one of the two: an interleaved document.
+    - `messages`: a conversation, whose turns follow one another as one input. Content is a str, or a list of parts;
+      an image part without an image of its own takes the next of `images`, as in TRL.
+
+    Raises:
+        CocoaInputError: the row has neither text nor image, or its columns do not fit together.
+    """
+    images = [row["image"]] if row.get("image") is not None else []
+    images += row.get("images") or []
+    if row.get("messages"):
+        if row.get("text") or row.get("texts"):
+            raise CocoaInputError("it has messages and a text beside them; keep one of the two columns.")
+        parts = list(parts_of_messages(row["messages"], [image for image in images if image is not None]))
+    elif row.get("texts"):
+        if row.get("text"):
+            raise CocoaInputError("it has texts and a text beside them; keep one of the two columns.")
+        parts = list(parts_of_document(row["texts"], images))
+    else:
+        parts = [{"type": "image", "image": image} for image in images if image is not None]
+        parts += text_parts(row.get("text"))
+    if not parts:
+        raise CocoaInputError("it has neither an image nor a text.")
+    return join_texts(parts)
+
+
+def text_parts(text: Any) -> list[Part]:
+    """A text as a part; none where it is None or blank."""
+    if text is not None and not isinstance(text, str):
+        raise CocoaInputError(f"its text is a {type(text).__name__}; a text must be a str.")
+    return [{"type": "text", "text": text}] if text and text.strip() else []
+
+
+def parts_of_document(texts: Sequence[Any], images: Sequence[Any]) -> Iterable[Part]:
+    """The parts of an interleaved document."""
+    if images and len(images) != len(texts):
+        raise CocoaInputError(
+            f"it has {len(images)} images and {len(texts)} texts; an interleaved document has lists of equal length, "
+            "with None where the other has something."
+        )
+    for place, text in enumerate(texts):
+        image = images[place] if images else None
+        if image is not None:
+            if text:
+                raise CocoaInputError(f"place {place} of its texts and images holds both; each place holds one.")
+            yield {"type": "image", "image": image}
+        yield from text_parts(text)
+
+
+def parts_of_messages(messages: Sequence[Any], images: Sequence[Any]) -> Iterable[Part]:
+    """The parts of a conversation; image parts without an image of their own take those beside it, all of them."""
+    waiting = list(images)
+    for message in messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, str):
+            yield from text_parts(content)
+            continue
+        if not isinstance(content, (list, tuple)):
+            raise CocoaInputError("a message has no content; give a str or a list of parts.")
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "text":
+                yield from text_parts(part.get("text"))
+            elif kind == "image":
+                own = next((part[key] for key in ("image", "path") if part.get(key) is not None), None)
+                if own is None and not waiting:
+                    raise CocoaInputError("its messages have more image parts than it has images.")
+                yield {"type": "image", "image": own if own is not None else waiting.pop(0)}
+            else:
+                raise CocoaInputError(f"a content part is of type {kind!r}; pre-training takes text and image.")
+    if waiting:
+        raise CocoaInputError(f"{len(waiting)} of its images have no image part in its messages.")
+
+
+def join_texts(parts: Iterable[Part]) -> list[Part]:
+    """The same parts, neighbouring texts as one."""
+    joined: list[Part] = []
+    for part in parts:
+        if joined and part["type"] == joined[-1]["type"] == "text":
+            joined[-1] = {"type": "text", "text": f"{joined[-1]['text']}\n{part['text']}"}
+        else:
+            joined.append(part)
+    return joined
