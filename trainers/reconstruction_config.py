@@ -39,6 +39,10 @@ class CocoaReconstructionConfig(DataOptions, TrainingArguments):
             "is full, instead of per_device_train_batch_size of them."
         },
     )
+    shuffle_buffer_size: int = field(
+        default=1000,
+        metadata={"help": "Of a dataset that is streamed, the rows among which the next one is drawn."},
+    )
     stage: str = field(
         default="warmup",
         metadata={
@@ -86,6 +90,8 @@ class CocoaReconstructionConfig(DataOptions, TrainingArguments):
             raise ValueError(
                 f"per_device_train_batch_tokens must be 1 or more; got {self.per_device_train_batch_tokens}."
             )
+        if self.shuffle_buffer_size < 1:
+            raise ValueError(f"shuffle_buffer_size must be 1 or more; got {self.shuffle_buffer_size}.")
         if self.image_loss_weight < 0:
             raise ValueError(f"image_loss_weight must be 0 or more; got {self.image_loss_weight}.")
         # Rows reach the collator through a dataset of ours, so there is no unused column to remove.

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from accelerate.data_loader import prepare_data_loader
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from safetensors.torch import load_file
 from torch import nn
@@ -38,6 +39,7 @@ from .masking import IGNORE_INDEX
 from .pictures import add_to_card, draw_pictures, last_picture, save_reconstructions, write_texts
 from .progress import RunningMeans
 from .reconstruction_config import CocoaReconstructionConfig
+from .streaming import ReconstructionStream
 
 EOS_ROWS = 16
 """Rows of a batch by which `eos_information` is measured."""
@@ -57,7 +59,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             one that an earlier stage saved.
         args ([`CocoaReconstructionConfig`], *optional*).
         train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): Rows in any of the forms of
-            [`~rows.parts_of`]: `image` or `images` and `text`, interleaved `images` and `texts`, or `messages`.
+            [`~rows.parts_of`]: `image` or `images` and `text`, interleaved `images` and `texts`, or `messages`. For
+            training also an [`~datasets.IterableDataset`], with `max_steps`.
         processing_class ([`CocoaProcessor`], *optional*): By default the model's own, with `args`' sizes.
         peft_config ([`~peft.PeftConfig`], *optional*): Train adapters in the backbone; the heads train in full.
         callbacks, optimizers: As in [`~transformers.Trainer`].
@@ -70,7 +73,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         self,
         model: str | os.PathLike | CocoaForReconstruction | CocoaModelMixin,
         args: CocoaReconstructionConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: CocoaProcessor | None = None,
         peft_config: PeftConfig | None = None,
@@ -108,13 +111,28 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             direction_weights=args.direction_weights,
             on_bad_sample=args.on_bad_sample,
         )
-        rows = {
-            name: ReconstructionDataset(dataset, args.seed) if dataset is not None else None
+        if isinstance(eval_dataset, IterableDataset):
+            raise ValueError("eval_dataset cannot be streamed: the same rows are read at every evaluation.")
+        rows: dict[str, Any] = {
+            name: ReconstructionDataset(dataset, args.seed) if isinstance(dataset, Dataset) else None
             for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset))
         }
+        if isinstance(train_dataset, IterableDataset):
+            if args.max_steps < 1:
+                raise ValueError("A dataset that is streamed has no end; give max_steps.")
+            rows["training"] = ReconstructionStream(
+                train_dataset,
+                collator,
+                args.seed,
+                batch_size=args.per_device_train_batch_size,
+                batch_tokens=args.per_device_train_batch_tokens,
+                buffer_size=args.shuffle_buffer_size,
+                process_index=args.process_index,
+                num_processes=args.world_size,
+            )
         if args.check_data and args.on_bad_sample == "raise":
             for name, dataset in rows.items():
-                if dataset is not None:
+                if isinstance(dataset, ReconstructionDataset):
                     check_rows(dataset, collator, name)
         super().__init__(
             model=model,
@@ -137,6 +155,22 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of rows, or of tokens where `per_device_train_batch_tokens` is given."""
+        workers = {
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "persistent_workers": self.args.dataloader_persistent_workers,
+            "prefetch_factor": self.args.dataloader_prefetch_factor,
+        }
+        if isinstance(self.train_dataset, ReconstructionStream):
+            # It has been split over processes already, so that no process reads what others train on.
+            return prepare_data_loader(
+                DataLoader(self.train_dataset, batch_size=None, **workers),
+                device=self.accelerator.device,
+                num_processes=1,
+                process_index=0,
+                put_on_device=True,
+                dispatch_batches=False,
+            )
         batch_tokens = self.args.per_device_train_batch_tokens
         if batch_tokens is None or self.train_dataset is None:
             return super().get_train_dataloader()
@@ -151,16 +185,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         batches = TokenBatchSampler(
             self._get_train_sampler(), tokens, batch_tokens, processes=self.accelerator.num_processes
         )
-        loader = DataLoader(
-            rows,
-            batch_sampler=batches,
-            collate_fn=collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-        )
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(DataLoader(rows, batch_sampler=batches, collate_fn=collator, **workers))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

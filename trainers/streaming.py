@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that come from a stream: mixed in a buffer, split over processes and workers, made into batches on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
+
+from modeling_cocoa.inputs import CocoaInputError
+
+from .collators import Example, ReconstructionCollator
+
+
+class ReconstructionStream(torch.utils.data.IterableDataset):
+    """
+    Batches without end of a dataset that is streamed; every pass mixes its rows anew.
+
+    A dataset with as many shards as there are processes (or a multiple) has them shared out; of another, each process
+    reads all rows and keeps its own. Workers share the shards of their process; those beyond their number do nothing.
+    The same processes, workers and seed give the same batches. A resumed run reads again what it had read before.
+
+    Args:
+        dataset ([`~datasets.IterableDataset`]): Rows in any of the forms of [`~rows.parts_of`].
+        collator ([`ReconstructionCollator`]).
+        seed (`int`): Of the run.
+        batch_size (`int`): Rows of a batch.
+        batch_tokens (`int`, *optional*): Tokens of a batch, instead of so many rows; a longer row comes alone.
+        buffer_size (`int`): Rows among which the next is drawn.
+        process_index, num_processes (`int`): Of those that train together.
+
+    Raises:
+        ValueError: while it is read: a row is bad (or with `on_bad_sample="skip"`, all of them).
+    """
+
+    def __init__(
+        self,
+        dataset: IterableDataset,
+        collator: ReconstructionCollator,
+        seed: int,
+        *,
+        batch_size: int,
+        batch_tokens: int | None = None,
+        buffer_size: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        shuffled = dataset.shuffle(seed=seed, buffer_size=buffer_size)
+        self.dataset = split_dataset_by_node(shuffled, rank=process_index, world_size=num_processes)
+        self.collator = collator
+        self.seed = seed
+        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+        self.process_index = process_index
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        examples: list[Example] = []
+        tokens = skipped = 0
+        for example in self.examples():
+            if example is None:
+                skipped += 1
+                continue
+            length = len(example.source.input_ids) + (len(example.target.input_ids) if example.target else 0)
+            if self.batch_tokens is None:
+                is_full = len(examples) == self.batch_size
+            else:
+                is_full = tokens + length > self.batch_tokens
+            if examples and is_full:
+                yield {**self.collator.collate(examples), "num_skipped": skipped}
+                examples, tokens, skipped = [], 0, 0
+            examples.append(example)
+            tokens += length
+
+    def examples(self) -> Iterator[Example | None]:
+        """The examples of this worker, pass after pass; `None` for a row that is skipped."""
+        worker = torch.utils.data.get_worker_info()
+        number = 0 if worker is None else worker.id
+        if worker is not None and number >= max(1, self.dataset.num_shards):
+            return
+        place = (self.process_index, number)
+        for epoch in count():
+            self.dataset.set_epoch(epoch)
+            found = False
+            for index, row in enumerate(self.dataset):
+                name = f"{index} of pass {epoch} in process {place[0]}, worker {place[1]}"
+                try:
+                    example = self.collator.example({**row, "index": name, "seed": (self.seed, epoch, *place, index)})
+                except CocoaInputError as error:
+                    if self.collator.on_bad_sample == "raise":
+                        raise ValueError(
+                            f"Cannot train on row {name}: {error.reason} Mend the row, or set on_bad_sample='skip'."
+                        ) from error
+                    yield None
+                    continue
+                found = True
+                yield example
+            if not found:
+                raise ValueError("No row of the streamed dataset can be read.")
