@@ -3,16 +3,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 
 from .rows import ROW_COLUMNS
+
+
+def mix_datasets(
+    parts: Mapping[str, Dataset | IterableDataset], weights: Mapping[str, float] | None, seed: int
+) -> Dataset | IterableDataset:
+    """
+    Several datasets as one, of which each next row comes from one that is drawn by weight.
+
+    Args:
+        parts (`Mapping[str, Dataset or IterableDataset]`): By name. Columns that rows are not read from are left out.
+            Where one of them is streamed, all are.
+        weights (`Mapping[str, float]`, *optional*): Of each. The mixture ends when every dataset has been seen whole,
+            the others more than once meanwhile. Without weights every row occurs once (and streams take turns).
+        seed (`int`): Of the draws.
+
+    Raises:
+        ValueError: there are no datasets, names differ from the weights', or a weight is not above 0.
+    """
+    if not parts:
+        raise ValueError("There are no datasets to train on.")
+    if weights is not None and (set(weights) != set(parts) or any(weight <= 0 for weight in weights.values())):
+        raise ValueError(
+            f"dataset_weights must give a weight above 0 for each of {list(parts)}, and nothing else; "
+            f"got {dict(weights)}."
+        )
+    is_streamed = any(isinstance(part, IterableDataset) for part in parts.values())
+    chosen: list[Any] = []
+    for name, part in parts.items():
+        columns = [column for column in ROW_COLUMNS if column in (part.column_names or [])]
+        if not columns:
+            raise ValueError(f"Dataset {name!r} needs a column of {list(ROW_COLUMNS)}; it has {part.column_names}.")
+        part = part.select_columns(columns)
+        chosen.append(part.to_iterable_dataset() if is_streamed and isinstance(part, Dataset) else part)
+    if len(chosen) == 1:
+        return chosen[0]
+    if weights is None and not is_streamed:
+        return concatenate_datasets(chosen)
+    shares = None
+    if weights is not None:
+        total = sum(weights.values())
+        shares = [weights[name] / total for name in parts]
+    return interleave_datasets(chosen, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
 
 
 class ReconstructionDataset(torch.utils.data.Dataset):

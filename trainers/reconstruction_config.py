@@ -39,6 +39,13 @@ class CocoaReconstructionConfig(DataOptions, TrainingArguments):
             "is full, instead of per_device_train_batch_size of them."
         },
     )
+    dataset_weights: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Where train_dataset is a dict: how often each of its datasets is drawn from, relative to the "
+            "others. By default every row occurs once."
+        },
+    )
     shuffle_buffer_size: int = field(
         default=1000,
         metadata={"help": "Of a dataset that is streamed, the rows among which the next one is drawn."},

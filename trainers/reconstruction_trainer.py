@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from .adapters import add_adapter, load_checkpoint, merged, save_adapter
 from .base import CocoaTrainerMixin
 from .batching import TokenBatchSampler, count_row_tokens
 from .collators import ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
-from .datasets import EpochSampler, ReconstructionDataset, check_rows
+from .datasets import EpochSampler, ReconstructionDataset, check_rows, mix_datasets
 from .masking import IGNORE_INDEX
 from .pictures import add_to_card, draw_pictures, last_picture, save_reconstructions, write_texts
 from .progress import RunningMeans
@@ -60,7 +60,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         args ([`CocoaReconstructionConfig`], *optional*).
         train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): Rows in any of the forms of
             [`~rows.parts_of`]: `image` or `images` and `text`, interleaved `images` and `texts`, or `messages`. For
-            training also an [`~datasets.IterableDataset`], with `max_steps`.
+            training also an [`~datasets.IterableDataset`], with `max_steps`; or several datasets by name, mixed by
+            `dataset_weights`.
         processing_class ([`CocoaProcessor`], *optional*): By default the model's own, with `args`' sizes.
         peft_config ([`~peft.PeftConfig`], *optional*): Train adapters in the backbone; the heads train in full.
         callbacks, optimizers: As in [`~transformers.Trainer`].
@@ -73,7 +74,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         self,
         model: str | os.PathLike | CocoaForReconstruction | CocoaModelMixin,
         args: CocoaReconstructionConfig | None = None,
-        train_dataset: Dataset | IterableDataset | None = None,
+        train_dataset: Dataset | IterableDataset | Mapping[str, Dataset | IterableDataset] | None = None,
         eval_dataset: Dataset | None = None,
         processing_class: CocoaProcessor | None = None,
         peft_config: PeftConfig | None = None,
@@ -111,6 +112,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             direction_weights=args.direction_weights,
             on_bad_sample=args.on_bad_sample,
         )
+        if isinstance(train_dataset, Mapping):
+            train_dataset = mix_datasets(train_dataset, args.dataset_weights, args.seed)
         if isinstance(eval_dataset, IterableDataset):
             raise ValueError("eval_dataset cannot be streamed: the same rows are read at every evaluation.")
         rows: dict[str, Any] = {

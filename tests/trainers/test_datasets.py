@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several datasets as one."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+from datasets import Dataset
+
+from trainers.datasets import mix_datasets
+from trainers.reconstruction_config import CocoaReconstructionConfig
+from trainers.reconstruction_trainer import CocoaReconstructionTrainer
+from trainers.rows import parts_of
+
+
+def named(name, count):
+    return Dataset.from_dict({"text": [f"{name} {index}" for index in range(count)], "other": [0] * count})
+
+
+def test_without_weights_every_row_occurs_once():
+    mixed = mix_datasets({"a": named("a", 5), "b": named("b", 9)}, None, seed=0)
+    assert sorted(mixed["text"]) == sorted([f"a {i}" for i in range(5)] + [f"b {i}" for i in range(9)])
+    assert mixed.column_names == ["text"]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_rows_are_drawn_by_weight_until_all_were_seen(is_streamed):
+    parts = {"a": named("a", 300), "b": named("b", 60)}
+    if is_streamed:
+        parts["b"] = parts["b"].to_iterable_dataset()
+    mixed = mix_datasets(parts, {"a": 3.0, "b": 1.0}, seed=0)
+    texts = [row["text"] for row in mixed]
+    counts = collections.Counter(text[0] for text in texts)
+    assert 2.3 < counts["a"] / counts["b"] < 4
+    assert len(set(texts)) == 360, "all of both"
+    assert texts == [row["text"] for row in mix_datasets(parts, {"a": 3.0, "b": 1.0}, seed=0)]
+
+
+def test_datasets_of_different_forms_mix(emoji):
+    conversations = Dataset.from_dict({"messages": [[{"role": "user", "content": "hello"}]] * 3})
+    mixed = mix_datasets({"pairs": emoji.select(range(4)), "chats": conversations}, None, seed=0)
+    kinds = [[part["type"] for part in parts_of(row)] for row in mixed]
+    assert kinds == [["image", "text"]] * 4 + [["text"]] * 3
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 1.0, "c": 1.0}])
+def test_weights_must_fit_the_datasets(weights):
+    with pytest.raises(ValueError, match=r"a weight above 0 for each of \['a', 'b'\]"):
+        mix_datasets({"a": named("a", 2), "b": named("b", 2)}, weights, seed=0)
+    with pytest.raises(ValueError, match="no datasets"):
+        mix_datasets({}, None, seed=0)
+    with pytest.raises(ValueError, match=r"Dataset 'c' needs a column.*\['caption'\]"):
+        mix_datasets({"c": Dataset.from_dict({"caption": ["x"]})}, None, seed=0)
+
+
+def test_a_trainer_takes_several(tmp_path, model, processor, emoji):
+    args = CocoaReconstructionConfig(
+        str(tmp_path),
+        max_steps=2,
+        dataset_weights={"texts": 1, "pairs": 2},
+        per_device_train_batch_size=8,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    data = {"texts": named("text", 20), "pairs": emoji}
+    trainer = CocoaReconstructionTrainer(model, args, train_dataset=data, processing_class=processor)
+    assert trainer.train().global_step == 2
