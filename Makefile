@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 export TORCH_LOGS := -torch.utils._pytree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench ablation
+.PHONY: help demo test lint chaos bench ablation
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: $(INSTALLED) ## run the tests that need no GPU
 lint: $(INSTALLED) ## check style and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+
+chaos: $(INSTALLED) ## kill training runs at random moments, many times, and compare how they end (minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/trainers/test_kill.py
 
 bench: $(INSTALLED) ## measure speed and memory (25 minutes, on a machine that does nothing else); BENCH="--only encode": a part
 	@$(BIN)/python -m benchmarks $(BENCH)
