@@ -327,3 +327,35 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path, model, process
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(kept.state_dict()[name], value), name
     assert not (tmp_path / "checkpoint-3").exists()
+
+
+MERGED_THROUGH = {"stock": {}, "remote code": {"trust_remote_code": True}}
+
+
+@pytest.mark.parametrize(
+    ("targets", "trained"),
+    [
+        (r"language_model\..*\.(q_proj|down_proj)", ["language_model"]),
+        (r"visual\.blocks\..*\.(qkv|fc1)", ["visual"]),
+        ("all-linear", ["language_model", "visual"]),
+    ],
+)
+def test_adapters_of_named_parts_merge_to_the_same_vectors_through_both_doors(
+    tmp_path, model, processor, emoji, targets, trained
+):
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    config = LoraConfig(r=4, target_modules=names if targets == "all-linear" else targets, init_lora_weights=False)
+    trainer = CocoaReconstructionTrainer(
+        model, arguments(tmp_path, stage="bridge"), train_dataset=emoji, processing_class=processor, peft_config=config
+    )
+    adapted = {name.split(".")[0] for name, value in model.named_parameters() if value.requires_grad}
+    assert sorted(adapted) == trained
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    items = [emoji[0]["text"], {"text": emoji[2]["text"], "image": emoji[2]["image"]}, emoji[1]["image"]]
+    inputs = {name: value for name, value in processor(items).items() if not name.startswith("num_")}
+    with torch.no_grad():
+        unmerged = trainer.model.model.eval()(**inputs).pooler_output.numpy()
+    for door, options in MERGED_THROUGH.items():
+        merged = SentenceTransformer(str(tmp_path / "final"), device="cpu", **options).encode(items)
+        np.testing.assert_allclose(merged, unmerged, atol=1e-5, err_msg=door)
