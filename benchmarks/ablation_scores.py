@@ -18,7 +18,7 @@ MEASURES: dict[str, tuple[str, int]] = {
     "held_out": ("held-out concepts: R@10", 10),
     "group": ("9 groups: accuracy", 1),
     "subgroup": ("98 subgroups: accuracy", 1),
-    "german": ("German to English name: R@10", 10),
+    "german": ("German to English name: R@1", 1),
 }
 """Of each measure: its title, and the rank up to which an answer counts. The same in every arm, set beforehand."""
 
