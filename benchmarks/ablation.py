@@ -62,6 +62,12 @@ def load_settings(path: Path) -> tuple[dict[str, Any], dict[str, Arm], str]:
     return values["recipe"], {name: Arm(**arm) for name, arm in values["arms"].items()}, values["reference"]
 
 
+def check_arms(names: list[str], arms: dict[str, Arm]) -> None:
+    """Raise `typer.BadParameter` where an arm does not exist, listing those that do."""
+    if unknown := [name for name in names if name not in arms]:
+        raise typer.BadParameter(f"there is no arm {unknown[0]!r}; the arms are {', '.join(arms)}.")
+
+
 def arm_recipe(recipe: dict[str, Any], arm: Arm, seed: int, output_dir: Path) -> Any:
     """The recipe of one run."""
     from trainers.recipe import Recipe
@@ -88,28 +94,28 @@ def run_arm(recipe: Any, arm: Arm, emoji: Any, split: str) -> dict[str, Any]:
     """
     from evaluation.assets import asset_path
     from modeling_cocoa import CocoaTransformer
-    from trainers.recipe import STAGES, build_trainer
+    from trainers.checkpoints import last_checkpoint
+    from trainers.recipe import run_recipe
 
     from .ablation_scores import rank_answers
 
-    model_path, seconds = None, {}
-    for stage in STAGES:
-        if stage not in recipe.stages:
-            continue
-        final = Path(recipe.output_dir) / stage / "final"
-        if not (final / "modules.json").is_file():
-            trainer = build_trainer(recipe, stage, model_path, asset_path)
-            if arm.causal:
-                make_causal(trainer.model[0].model)
-            start, first = time.monotonic(), trainer.state.global_step
-            trainer.train(resume_from_checkpoint=True)
-            if not first:
-                seconds[stage] = time.monotonic() - start
-            trainer.save_model(str(final))
-        model_path = str(final)
-    module = CocoaTransformer(model_path).eval()
+    whole: dict[str, Any] = {}
+
+    def prepare(stage: str, trainer: Any) -> None:
+        if arm.causal:
+            make_causal(trainer.model[0].model)
+        if last_checkpoint(trainer.args.output_dir) is None:
+            whole[stage] = trainer
+
+    module = CocoaTransformer(run_recipe(recipe, asset_path, prepare)).eval()
     if arm.causal:
         make_causal(module.model)
+    seconds = {
+        stage: entry["train_runtime"]
+        for stage, trainer in whole.items()
+        for entry in trainer.state.log_history
+        if "train_runtime" in entry
+    }
     return {"ranks": rank_answers(module.model, module.processor, emoji, split), "seconds": seconds}
 
 
@@ -133,8 +139,7 @@ def one(
     from evaluation.emoji import load_emoji
 
     values, arms, _ = load_settings(settings)
-    if arm not in arms:
-        raise typer.BadParameter(f"there is no arm {arm!r}; the arms are {', '.join(arms)}.")
+    check_arms([arm], arms)
     folder = work / arm / f"seed-{seed}"
     recipe = arm_recipe(values, arms[arm], seed, folder)
     torch.set_num_threads(recipe.num_threads or torch.get_num_threads())
@@ -162,8 +167,7 @@ def run_all(
     """Run every arm that has no result yet, two at a time, then write the table and the plot."""
     _, arms, _ = load_settings(settings)
     chosen = only or list(arms)
-    if unknown := [arm for arm in chosen if arm not in arms]:
-        raise typer.BadParameter(f"there is no arm {unknown[0]!r}; the arms are {', '.join(arms)}.")
+    check_arms(chosen, arms)
     wanted = [(arm, seed) for seed in range(seeds) for arm in chosen]
     waiting = [run for run in wanted if not result_path(results, *run).exists()]
     running: dict[tuple[str, int], subprocess.Popen] = {}

@@ -110,7 +110,11 @@ def find_recipe(name: str | os.PathLike) -> Path:
     raise FileNotFoundError(f"There is no recipe {str(name)!r}: give a file, or one of {list(shipped)}.")
 
 
-def run_recipe(recipe: Recipe, find_file: Callable[[str], str | os.PathLike]) -> str:
+def run_recipe(
+    recipe: Recipe,
+    find_file: Callable[[str], str | os.PathLike],
+    prepare: Callable[[str, CocoaReconstructionTrainer | CocoaContrastiveTrainer], None] | None = None,
+) -> str:
     """
     Run the stages of a recipe, one from the result of the other.
 
@@ -120,6 +124,7 @@ def run_recipe(recipe: Recipe, find_file: Callable[[str], str | os.PathLike]) ->
     Args:
         recipe ([`Recipe`]).
         find_file (`Callable`): From a data file's name in the recipe to its path.
+        prepare (`Callable`, *optional*): Called with each stage that runs and its trainer, before it trains.
 
     Returns:
         `str`: The folder of the last stage's model.
@@ -132,21 +137,21 @@ def run_recipe(recipe: Recipe, find_file: Callable[[str], str | os.PathLike]) ->
             continue
         final = Path(recipe.output_dir) / stage / "final"
         if not (final / "modules.json").is_file():
-            run_stage(recipe, stage, model_path, final, find_file)
+            trainer = build_trainer(recipe, stage, model_path, find_file)
+            if prepare is not None:
+                prepare(stage, trainer)
+            train_stage(trainer, stage, final)
         model_path = str(final)
     if model_path is None:
         raise ValueError("The recipe has no stages to run.")
     return model_path
 
 
-def run_stage(
-    recipe: Recipe, stage: str, model_path: str | None, final: Path, find_file: Callable[[str], str | os.PathLike]
-) -> None:
+def train_stage(trainer: CocoaReconstructionTrainer | CocoaContrastiveTrainer, stage: str, final: Path) -> None:
     """Train one stage, and save its model to `final`."""
-    trainer = build_trainer(recipe, stage, model_path, find_file)
     trainer.train(resume_from_checkpoint=True)
-    metrics = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    trainer.log_metrics(stage, {**metrics})
+    if trainer.eval_dataset is not None:
+        trainer.log_metrics(stage, trainer.evaluate())
     trainer.save_model(str(final))
 
 
