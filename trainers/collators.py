@@ -63,6 +63,11 @@ class Example:
     target: Segment | None = None
     row: int | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of source and target together."""
+        return len(self.source.input_ids) + (0 if self.target is None else len(self.target.input_ids))
+
 
 @dataclass
 class ReconstructionCollator:
@@ -223,9 +228,7 @@ class ReconstructionCollator:
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Pad examples (on the right) into one batch."""
-        width = max(
-            len(e.source.input_ids) + (len(e.target.input_ids) if e.target is not None else 0) for e in examples
-        )
+        width = max(example.tokens for example in examples)
         device = examples[0].source.input_ids.device
         input_ids = torch.full((len(examples), width), self.processor.pad_token_id, device=device)
         labels = torch.full_like(input_ids, IGNORE_INDEX)

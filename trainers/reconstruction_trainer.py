@@ -220,15 +220,9 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             correct = output.token_predictions == labels[hidden]
             rows = hidden.nonzero()[:, 0]
             means.add("token_accuracy", correct.sum(), len(correct))
-            for direction in sorted(set(directions)):
-                chosen = torch.tensor([name == direction for name in directions], device=rows.device)[rows]
-                means.add(f"text_{direction}", (output.token_losses.detach() * chosen).sum(), chosen.sum())
-                means.add(f"token_accuracy_{direction}", (correct & chosen).sum(), chosen.sum())
+            add_by_direction(means, directions, rows, text=output.token_losses.detach(), token_accuracy=correct)
         if output.unit_losses is not None:
-            rows = rows_of_units(inputs)
-            for direction in sorted(set(directions)):
-                chosen = torch.tensor([name == direction for name in directions], device=rows.device)[rows]
-                means.add(f"pixel_{direction}", (output.unit_losses.detach() * chosen).sum(), chosen.sum())
+            add_by_direction(means, directions, rows_of_units(inputs), pixel=output.unit_losses.detach())
         if self.args.stage == "bridge" and (not model.training or self._logs_this_step()):
             self._measure_eos(model, inputs, means)
         if self.args.on_bad_sample == "skip":
@@ -316,3 +310,18 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         own = model if model is not None else self.model
         own.load_heads(load_file(os.path.join(resume_from_checkpoint, HEADS_FILE)))
         load_checkpoint(own.model, resume_from_checkpoint)
+
+
+def add_by_direction(means: RunningMeans, directions: list[str], rows: torch.Tensor, **values: torch.Tensor) -> None:
+    """
+    Add values to the means of their directions, as `name_direction`.
+
+    Args:
+        directions (`list[str]`): Of each row.
+        rows (`Tensor` of shape `(values,)`): The row of each value.
+        values (`Tensor` of shape `(values,)`): By name.
+    """
+    for direction in sorted(set(directions)):
+        chosen = torch.tensor([name == direction for name in directions], device=rows.device)[rows]
+        for name, value in values.items():
+            means.add(f"{name}_{direction}", (value * chosen).sum(), chosen.sum())

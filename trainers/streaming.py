@@ -64,16 +64,15 @@ class ReconstructionStream(torch.utils.data.IterableDataset):
             if example is None:
                 skipped += 1
                 continue
-            length = len(example.source.input_ids) + (len(example.target.input_ids) if example.target else 0)
             if self.batch_tokens is None:
                 is_full = len(examples) == self.batch_size
             else:
-                is_full = tokens + length > self.batch_tokens
+                is_full = tokens + example.tokens > self.batch_tokens
             if examples and is_full:
                 yield {**self.collator.collate(examples), "num_skipped": skipped}
                 examples, tokens, skipped = [], 0, 0
             examples.append(example)
-            tokens += length
+            tokens += example.tokens
 
     def examples(self) -> Iterator[Example | None]:
         """The examples of this worker, pass after pass; `None` for a row that is skipped."""
