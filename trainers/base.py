@@ -28,7 +28,8 @@ class DataOptions:
     min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to this many pixels."})
     max_pixels: int | None = field(default=None, metadata={"help": "Larger images are reduced to this many pixels."})
     check_data: bool = field(
-        default=True, metadata={"help": "Read every row once before the first step (with on_bad_sample='raise')."}
+        default=True,
+        metadata={"help": "Read every row once before the first step, and act on bad ones then (see on_bad_sample)."},
     )
     on_bad_sample: str = field(
         default="raise",

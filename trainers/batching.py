@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, LargeList, Sequence
-from datasets import Image as ImageFeature
+from datasets import Dataset
 from PIL import Image
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
@@ -19,7 +18,7 @@ from modeling_cocoa.processing_cocoa import CocoaProcessor
 
 from .collators import choose_parts
 from .datasets import EpochSampler
-from .rows import parts_of
+from .rows import parts_of, undecoded
 
 ROWS_AT_ONCE = 1024
 """Rows that are counted at a time."""
@@ -118,24 +117,15 @@ def count_row_tokens(dataset: Dataset, processor: CocoaProcessor) -> np.ndarray:
     return counts
 
 
-def undecoded(feature: Any) -> Any:
-    """A dataset's features with every image left as the bytes or the path that it is."""
-    if isinstance(feature, ImageFeature):
-        return ImageFeature(decode=False)
-    if isinstance(feature, dict):
-        return type(feature)({name: undecoded(part) for name, part in feature.items()})
-    if isinstance(feature, (Sequence, LargeList)):
-        return type(feature)(undecoded(feature.feature))
-    return feature
-
-
 def image_size(value: Any) -> tuple[int, int] | None:
-    """Width and height of an image in a dataset's cell, as its file says; `None` where it says nothing."""
+    """Width and height of an image (PIL, path, or a dict of bytes or path), as its file says; `None` without one."""
     if value is None:
         return None
     if isinstance(value, Image.Image):
         return value.size
-    source = value.get("path") if value.get("bytes") is None else io.BytesIO(value["bytes"])
+    source = value
+    if isinstance(value, Mapping):
+        source = value.get("path") if value.get("bytes") is None else io.BytesIO(value["bytes"])
     try:
         with Image.open(source) as image:
             return image.size

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from modeling_cocoa.attention import EOS, SOURCE, TARGET
-from modeling_cocoa.inputs import CocoaInputError
+from modeling_cocoa.inputs import CocoaInputError, load_image
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 
 from .masking import IGNORE_INDEX, check_ratio, choose, mask_text
-from .rows import Part, join_texts, parts_of
+from .rows import Part, join_texts, opened, parts_of
 
 DIRECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "image_to_text": (("image",), ("text",)),
@@ -168,6 +168,18 @@ class ReconstructionCollator:
         target.labels = target.labels[self._header : -1]
         return checked(Example(direction, source, target, row.get("index")))
 
+    def check(self, row: Mapping[str, Any]) -> None:
+        """
+        Read a row whole, also what the direction that is drawn for it this time leaves out.
+
+        Raises:
+            CocoaInputError: it cannot be trained on.
+        """
+        for part in parts_of(row):
+            if part["type"] == "image":
+                load_image(opened(part["image"]))
+        self.example(row)
+
     def count_tokens(self, image: int, text: int, seed: Any) -> int:
         """
         Tokens of the example that a row becomes, before it is cut to `max_length`.
@@ -205,7 +217,8 @@ class ReconstructionCollator:
         text_ratio: float,
         image_ratio: float | None = None,
     ) -> Segment:
-        encoded = self.processor.encode([[{"role": "user", "content": parts}]])[0]
+        content = [{**part, "image": opened(part["image"])} if part["type"] == "image" else part for part in parts]
+        encoded = self.processor.encode([[{"role": "user", "content": content}]])[0]
         ids = encoded["input_ids"]
         maskable = ~torch.isin(ids, self._special)
         maskable[: self._header] = False

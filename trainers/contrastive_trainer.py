@@ -30,6 +30,7 @@ from .adapters import add_adapter, has_adapter, load_checkpoint, merged, save_ad
 from .base import CocoaTrainerMixin
 from .contrastive_config import CocoaContrastiveConfig
 from .datasets import check_rows
+from .rows import opened, undecoded
 
 
 @dataclass
@@ -49,7 +50,7 @@ class ContrastiveCollator(SentenceTransformerDataCollator):
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         try:
-            return super().__call__(features)
+            return self.check(features)
         except CocoaInputError as error:
             if self.on_bad_sample == "raise":
                 raise ValueError(
@@ -59,11 +60,21 @@ class ContrastiveCollator(SentenceTransformerDataCollator):
         self.skipped += len(features) - len(readable)
         if not readable:
             raise ValueError("No row of this batch can be read.")
-        return super().__call__(readable)
+        return self.check(readable)
+
+    def check(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """
+        The batch of some rows, none of which is bad.
+
+        Raises:
+            CocoaInputError: one is.
+        """
+        rows = [{name: opened(value) for name, value in row.items()} for row in features]
+        return super().__call__(rows)
 
     def _can_read(self, row: dict[str, Any]) -> bool:
         try:
-            super().__call__([row])
+            self.check([row])
         except CocoaInputError:
             return False
         return True
@@ -123,8 +134,13 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         backbone = model[0].model
         if peft_config is not None:
             add_adapter(backbone, peft_config)
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            check_columns(name, dataset)
+        collator = ContrastiveCollator(model.preprocess, prompts=args.prompts, on_bad_sample=args.on_bad_sample)
+        check_columns("train_dataset", train_dataset)
+        check_columns("eval_dataset", eval_dataset)
+        train_dataset, eval_dataset = (
+            checked(dataset, collator, name, args)
+            for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset))
+        )
         super().__init__(
             model=model,
             args=args,
@@ -132,17 +148,10 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             eval_dataset=eval_dataset,
             loss=contrastive_loss(model, args),
             evaluator=evaluator,
-            data_collator=ContrastiveCollator(
-                model.preprocess, prompts=args.prompts, on_bad_sample=args.on_bad_sample
-            ),
+            data_collator=collator,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.check_data and args.on_bad_sample == "raise":
-            for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
-                for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
-                    if part is not None:
-                        check_rows(part, self.data_collator, name)
         self.show_losses()
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
@@ -171,6 +180,30 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
         load_checkpoint(self.model[0].model, checkpoint_path)
+
+
+def checked(
+    dataset: Dataset | dict[str, Dataset] | None,
+    collator: ContrastiveCollator,
+    name: str,
+    args: CocoaContrastiveConfig,
+) -> Any:
+    """
+    The same rows, their images to be opened by the collator; without bad ones where they were looked for and skipped.
+
+    Raises:
+        ValueError: a row is bad, or all are; see [`check_rows`].
+    """
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        parts = {key: checked(part, collator, f"{name} ({key})", args) for key, part in dataset.items()}
+        return type(dataset)(parts)
+    dataset = dataset.cast(undecoded(dataset.features))
+    if not args.check_data:
+        return dataset
+    good = check_rows(dataset, lambda row: collator.check([row]), name, args.on_bad_sample)
+    return dataset if len(good) == len(dataset) else dataset.select(good)
 
 
 def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -> nn.Module:

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
+from datasets import Dataset, Image, IterableDataset, Sequence, Value, concatenate_datasets, interleave_datasets
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
-from .rows import ROW_COLUMNS
+from .rows import ROW_COLUMNS, undecoded
+
+logger = logging.get_logger(__name__)
 
 
 def mix_datasets(
@@ -44,7 +48,7 @@ def mix_datasets(
         columns = [column for column in ROW_COLUMNS if column in (part.column_names or [])]
         if not columns:
             raise ValueError(f"Dataset {name!r} needs a column of {list(ROW_COLUMNS)}; it has {part.column_names}.")
-        part = part.select_columns(columns)
+        part = with_image_columns(part.select_columns(columns))
         chosen.append(part.to_iterable_dataset() if is_streamed and isinstance(part, Dataset) else part)
     if len(chosen) == 1:
         return chosen[0]
@@ -57,11 +61,21 @@ def mix_datasets(
     return interleave_datasets(chosen, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
 
 
+def with_image_columns(part: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The same rows, paths of images being images: only then do they mix with those of other datasets."""
+    for name, kind in (("image", Image()), ("images", Sequence(Image()))):
+        found = (part.features or {}).get(name)
+        if found == Value("string") or found == Sequence(Value("string")):
+            part = part.cast_column(name, kind)
+    return part
+
+
 class ReconstructionDataset(torch.utils.data.Dataset):
     """
     Rows in any of the forms of [`~rows.parts_of`], each with a seed of its own for every epoch.
 
     Indexed by `epoch * len(dataset) + row` (see [`EpochSampler`]), so a visit's seed follows from the index alone.
+    `rows` are those of the dataset that it has; fewer than all where [`check_rows`] found bad ones.
 
     Args:
         dataset ([`~datasets.Dataset`]): With at least one of the columns; a row may lack either (None).
@@ -80,11 +94,13 @@ class ReconstructionDataset(torch.utils.data.Dataset):
             )
         if not len(dataset):
             raise ValueError("The dataset has no rows.")
-        self.dataset = dataset.select_columns(present)
+        dataset = dataset.select_columns(present)
+        self.dataset = dataset.cast(undecoded(dataset.features))
         self.seed = seed
+        self.rows: SequenceOf[int] = range(len(dataset))
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.rows)
 
     def __getitem__(self, key: int) -> dict[str, Any]:
         index, seed = self.visit(key)
@@ -92,7 +108,8 @@ class ReconstructionDataset(torch.utils.data.Dataset):
 
     def visit(self, key: int) -> tuple[int, tuple[int, int, int]]:
         """The row that an index means, and the seed of that visit."""
-        epoch, index = divmod(int(key), len(self.dataset))
+        epoch, place = divmod(int(key), len(self.rows))
+        index = self.rows[place]
         return index, (self.seed, epoch, index)
 
 
@@ -123,20 +140,35 @@ class EpochSampler(Sampler[int]):
         return (epoch * self.length + rows).tolist()
 
 
-def check_rows(dataset: torch.utils.data.Dataset, collate: Callable[[list[Any]], Any], name: str) -> None:
+def check_rows(rows: SequenceOf[Any], read: Callable[[Any], Any], name: str, on_bad_sample: str) -> list[int]:
     """
     Read every row once, so that a bad one is found before the first step and not hours into a run.
 
     Args:
-        dataset: Rows.
-        collate: What the trainer will do with a row; raises where it cannot.
+        rows: By their place.
+        read (`Callable`): Does with a row what the trainer will do; raises `ValueError` where it cannot.
         name (`str`): Of the dataset, for the progress bar and the error.
+        on_bad_sample (`"raise"` or `"skip"`).
+
+    Returns:
+        `list[int]`: The places of the rows that can be read.
 
     Raises:
-        ValueError: a row cannot be read; names it.
+        ValueError: a row cannot be read, and names it; or with `"skip"`, none can.
     """
-    for index in tqdm(range(len(dataset)), desc=f"Checking {name} rows", unit="row", leave=False):
+    good, first = [], None
+    for index in tqdm(range(len(rows)), desc=f"Checking {name} rows", unit="row", leave=False):
         try:
-            collate([dataset[index]])
+            read(rows[index])
         except ValueError as error:
-            raise ValueError(f"Row {index} of the {name} data: {error}") from error
+            problem = f"Row {index} of the {name} data: {error}"
+            if on_bad_sample == "raise":
+                raise ValueError(f"{problem} Mend the row, or set on_bad_sample='skip'.") from error
+            first = first or problem
+        else:
+            good.append(index)
+    if not good:
+        raise ValueError(f"None of the {len(rows)} rows of the {name} data can be read. {first}")
+    if first:
+        logger.warning(f"{len(rows) - len(good)} of {len(rows)} rows of the {name} data are left out. {first}")
+    return good

@@ -133,10 +133,10 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
                 process_index=args.process_index,
                 num_processes=args.world_size,
             )
-        if args.check_data and args.on_bad_sample == "raise":
+        if args.check_data:
             for name, dataset in rows.items():
                 if isinstance(dataset, ReconstructionDataset):
-                    check_rows(dataset, collator, name)
+                    dataset.rows = check_rows(dataset, collator.check, name, args.on_bad_sample)
         super().__init__(
             model=model,
             args=args,

@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from datasets import Image, LargeList
+from datasets import Sequence as SequenceFeature
+
 from modeling_cocoa.inputs import CocoaInputError
 
 ROW_COLUMNS = ("image", "images", "text", "texts", "messages")
@@ -45,6 +48,36 @@ def parts_of(row: Mapping[str, Any]) -> list[Part]:
     if not parts:
         raise CocoaInputError("it has neither an image nor a text.")
     return join_texts(parts)
+
+
+def undecoded(feature: Any) -> Any:
+    """A dataset's features with every image left as the bytes or the path that it is."""
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, dict):
+        return type(feature)({name: undecoded(part) for name, part in feature.items()})
+    if isinstance(feature, (SequenceFeature, LargeList)):
+        return type(feature)(undecoded(feature.feature))
+    return feature
+
+
+def opened(image: Any) -> Any:
+    """
+    An image as the dataset itself would have decoded it, had it not been kept from it by [`undecoded`].
+
+    So one that is corrupt is an error that names its row, and not one from inside the data loader.
+
+    Raises:
+        CocoaInputError: its bytes or its file cannot be read as an image.
+    """
+    if not (isinstance(image, Mapping) and {"bytes", "path"} == set(image)):
+        return image
+    try:
+        return Image().decode_example(dict(image))
+    except Exception as error:  # decoders raise what they like
+        raise CocoaInputError(
+            f"its image cannot be read ({type(error).__name__}: {error}); mend or drop it."
+        ) from error
 
 
 def text_parts(text: Any) -> list[Part]:

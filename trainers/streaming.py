@@ -14,6 +14,7 @@ from datasets.distributed import split_dataset_by_node
 from modeling_cocoa.inputs import CocoaInputError
 
 from .collators import Example, ReconstructionCollator
+from .rows import undecoded
 
 
 class ReconstructionStream(torch.utils.data.IterableDataset):
@@ -49,6 +50,8 @@ class ReconstructionStream(torch.utils.data.IterableDataset):
         process_index: int = 0,
         num_processes: int = 1,
     ) -> None:
+        if dataset.features is not None:
+            dataset = dataset.cast(undecoded(dataset.features))
         shuffled = dataset.shuffle(seed=seed, buffer_size=buffer_size)
         self.dataset = split_dataset_by_node(shuffled, rank=process_index, world_size=num_processes)
         self.collator = collator

@@ -34,7 +34,7 @@ def test_every_arm_starts_from_the_recipe_and_changes_what_it_says():
         for stage, options in made.stages.items():
             changed = {key: value for key, value in options.items() if recipe["stages"][stage].get(key) != value}
             assert changed == arm.options.get(stage, {}), name
-    assert made.data["train"] == {"split": "train"}
+    assert [source["where"] for source in made.data["sources"].values()] == [{"split": "train"}]
     assert "twemoji" not in json.dumps(recipe), "the unseen style"
 
 

@@ -6,7 +6,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
 from peft import LoraConfig
 from PIL import Image
 from sentence_transformers import SentenceTransformer
@@ -219,14 +220,26 @@ def test_wrong_columns_are_named(tmp_path, model, processor, columns):
 def test_bad_rows_stop_before_the_first_step_or_are_skipped_and_counted(tmp_path, model, processor):
     picture = Image.new("RGB", (64, 64), "red")
     dataset = Dataset.from_dict({"query": ["red", " ", "again"], "positive": [picture] * 3})
-    with pytest.raises(ValueError, match="Row 1 of the training data: .*cannot be read.*empty.*on_bad_sample"):
+    with pytest.raises(ValueError, match="Row 1 of the training data: .*empty.*on_bad_sample"):
         trainer_of(model, processor, dataset, tmp_path, check_data=True)
+    trainer = trainer_of(model, processor, dataset, tmp_path, check_data=True, on_bad_sample="skip")
+    assert trainer.train_dataset["query"] == ["red", "again"]
     trainer = trainer_of(
         model, processor, dataset, tmp_path, on_bad_sample="skip", per_device_train_batch_size=3, logging_steps=1
     )
     trainer.train()
     skipped = [entry["skipped_rows"] for entry in trainer.state.log_history if "loss" in entry]
     assert skipped[0] >= 1 and len(skipped) == 4
+
+
+def test_a_corrupt_picture_in_an_image_column_is_a_bad_row(tmp_path, model, processor, emoji):
+    rows = {"query": ["red", "blue"], "positive": [emoji[0]["image"], {"bytes": b"not a picture", "path": None}]}
+    dataset = Dataset.from_dict(rows, features=Features({"query": Value("string"), "positive": ImageFeature()}))
+    with pytest.raises(ValueError, match="Row 1 of the training data: .*image cannot be read"):
+        trainer_of(model, processor, dataset, tmp_path, check_data=True)
+    trainer = trainer_of(model, processor, dataset, tmp_path, on_bad_sample="skip", per_device_train_batch_size=2)
+    trainer.train()
+    assert trainer.data_collator.skipped >= 1
 
 
 @pytest.mark.parametrize(

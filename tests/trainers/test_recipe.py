@@ -4,35 +4,23 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, Image, Sequence
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import cocoa
-from trainers.recipe import (
-    Recipe,
-    assemble,
-    column_texts,
-    contrastive_data,
-    find_recipe,
-    reconstruction_data,
-    run_recipe,
-    select_rows,
-)
+from modeling_cocoa.saving import save_cocoa
+from trainers.recipe import Recipe, find_recipe, run_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "trainers" / "recipes").glob("*.yaml"))
-
-
-@pytest.fixture
-def source():
-    rows = Dataset.from_parquet(str(ROOT / "data" / "emoji.parquet"))
-    return rows.select(range(12))
 
 
 def small(recipe):
@@ -42,8 +30,10 @@ def small(recipe):
         stage.update(disable_tqdm=True)
     recipe.model["from_scratch"]["text_config"].update(hidden_size=32, num_hidden_layers=1, intermediate_size=32)
     recipe.model["from_scratch"]["vision_config"].update(depth=1, embed_dim=16, num_heads=1)
-    recipe.data["train"] = {"split": "train", "subgroup": "cat-face"}
-    recipe.data["eval"] = {"split": ["train", "validation", "test"], "subgroup": "monkey-face"}
+    recipe.data["sources"]["emoji"].update(
+        where={"split": "train", "subgroup": "cat-face"},
+        eval={"where": {"split": ["train", "validation", "test"], "subgroup": "monkey-face"}},
+    )
     return recipe
 
 
@@ -75,76 +65,73 @@ def test_a_recipe_runs_through_its_stages_and_only_once(tmp_path):
     assert (tmp_path / "one" / "warmup" / "final" / "model.safetensors").stat().st_mtime_ns == stamp
 
 
-def test_rows_are_chosen_by_columns(source):
-    chosen = select_rows(source, {"split": "train", "name": [source["name"][0], source["name"][2]]})
-    assert chosen["name"] == [source["name"][0]]
-    with pytest.raises(ValueError, match="no column .'colour'.*'keywords'"):
-        select_rows(source, {"colour": "red"})
-    with pytest.raises(ValueError, match="No row of the data has"):
-        select_rows(source, {"split": "nowhere"})
+RECIPE = """
+output_dir: {folder}/run
+model:
+  model_name_or_path: {folder}/start
+  use_peft: true
+  lora_r: 4
+  lora_target_modules: [q_proj, v_proj, qkv]
+data:
+  sources:
+    captions: {{path: parquet, data_files: captions.parquet, streaming: {streaming}}}
+    talks: {{path: parquet, data_files: talks.parquet}}
+    documents: {{path: parquet, data_files: documents.parquet}}
+    mmeb: {{path: parquet, data_files: mmeb.parquet, layout: mmeb_train, image_dir: {folder}}}
+  reconstruction:
+    captions: {{source: captions, image: image, text: "a picture of {{text}}"}}
+    talks: {{source: talks, messages: messages, images: images}}
+    documents: {{source: documents, texts: texts, images: images}}
+    mmeb: {{source: mmeb, texts: texts, images: images}}
+stages:
+  {stage}:
+    max_steps: 6
+    per_device_train_batch_tokens: 160
+    dataset_weights: {{captions: 2.0, talks: 1.0, documents: 1.0, mmeb: 0.5}}
+    shuffle_buffer_size: 16
+    gradient_checkpointing: true
+    check_data: {check_data}
+    use_cpu: true
+    disable_tqdm: true
+    logging_steps: 1
+"""
 
 
-def test_texts_are_columns_or_made_of_columns(source):
-    assert column_texts(source, "name") == list(source["name"])
-    first = source[4]
-    assert column_texts(source, "{name}: {keywords}")[4] == f"{first['name']}: {', '.join(first['keywords'])}"
-    with pytest.raises(ValueError, match="no column .'caption'"):
-        column_texts(source, "{caption}")
-
-
-def test_samples_of_words_are_drawn_anew_for_every_variant_and_the_same_in_every_run(source):
-    data = {
-        "reconstruction": [{"image": "noto", "text": "{name}: {keywords:sample}", "variants": 3}],
-        "contrastive": {"words": {"query": "{keywords:sample}", "positive": "noto", "variants": 4}},
-    }
-    pairs = contrastive_data(source, data, seed=1)
-    assert list(pairs) == ["words", "words_2", "words_3", "words_4"]
-    assert pairs["words_3"][5]["positive"].tobytes() == source[5]["noto"].tobytes()
-    for row, keywords in enumerate(source["keywords"]):
-        samples = [pairs[name][row]["query"].split(", ") for name in pairs]
-        assert all(len(set(sample)) == len(sample) and set(sample) <= set(keywords) for sample in samples)
-    queries = {name: list(part["query"]) for name, part in pairs.items()}
-    assert len(set(map(tuple, queries.values()))) == 4
-    assert {name: list(part["query"]) for name, part in contrastive_data(source, data, seed=1).items()} == queries
-    assert list(contrastive_data(source, data, seed=2)["words"]["query"]) != queries["words"]
-    rows = reconstruction_data(source, data)
-    assert len(rows) == 36 and rows[13]["text"].startswith(f"{source[1]['name']}: ")
-    assert rows[13]["image"].tobytes() == source[1]["noto"].tobytes()
-    assert list(contrastive_data(source, data, with_variants=False)) == ["words"]
-    with pytest.raises(ValueError, match="variants must be a whole number.*words has 0"):
-        contrastive_data(source, {"contrastive": {"words": {"query": "name", "positive": "noto", "variants": 0}}})
-    with pytest.raises(ValueError, match="{column:sample}; got {column:first}"):
-        column_texts(source, "{keywords:first}")
-
-
-def test_augmented_variants_change_pictures_and_nothing_else(source):
-    data = {"contrastive": {"pairs": {"query": "noto", "positive": "name", "variants": 3, "augment": True}}}
-    pairs = contrastive_data(source, data, seed=1)
-    pictures = [[row["query"].convert("RGB").tobytes() for row in part] for part in pairs.values()]
-    assert pictures[0] == [picture.convert("RGB").tobytes() for picture in source["noto"]]
-    assert all(len(set(versions)) == 3 for versions in zip(*pictures, strict=True))
-    assert all(list(part["positive"]) == list(source["name"]) for part in pairs.values())
-    assert all(row["query"].size == (64, 64) for row in pairs["pairs_3"])
-    del data["contrastive"]["pairs"]["variants"]
-    with pytest.raises(ValueError, match="augment leaves the first variant.*pairs"):
-        contrastive_data(source, data)
-    data["contrastive"]["pairs"]["variants"] = 3
-    again = contrastive_data(source, data, seed=1)["pairs_2"]
-    assert [row["query"].convert("RGB").tobytes() for row in again] == pictures[1]
-
-
-def test_datasets_keep_pictures_and_rows_together(source):
-    data = {
-        "reconstruction": [{"image": "noto", "text": "name"}, {"image": "twemoji"}],
-        "contrastive": {"pairs": {"query": "name", "positive": "noto"}},
-    }
-    rows = reconstruction_data(source, data)
-    assert len(rows) == 24 and rows[3]["text"] == source[3]["name"] and rows[15]["text"] is None
-    assert rows[15]["image"].tobytes() == source[3]["twemoji"].tobytes()
-    pairs = contrastive_data(source, data)["pairs"]
-    assert pairs.column_names == ["query", "positive"]
-    assert pairs[5]["positive"].tobytes() == source[5]["noto"].tobytes()
-    assert assemble(source, {"text": "name"}).column_names == ["text"]
+@pytest.mark.parametrize(("stage", "streaming"), [("warmup", "false"), ("bridge", "false"), ("bridge", "true")])
+def test_one_file_holds_data_of_every_form(tmp_path, model, processor, emoji, stage, streaming):
+    """Captions, conversations, documents and MMEB-train, by weight, in batches by tokens, with LoRA."""
+    save_cocoa(model, processor, tmp_path / "start")
+    emoji.select(range(20)).to_parquet(str(tmp_path / "captions.parquet"))
+    pictures = [[emoji[place]["image"]] for place in range(20, 30)]
+    turns = [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "It is an emoji."}]},
+    ]
+    images = Sequence(Image())
+    talks = Dataset.from_dict({"messages": [turns] * 10, "images": pictures})
+    talks.cast_column("images", images).to_parquet(str(tmp_path / "talks.parquet"))
+    documents = {"texts": [["one", None, "two"]] * 10, "images": [[None, *own, None] for own in pictures]}
+    documents = Dataset.from_dict(documents).cast_column("images", images)
+    documents.to_parquet(str(tmp_path / "documents.parquet"))
+    emoji[40]["image"].save(tmp_path / "cat.png")
+    pair = {"qry": "<|image_1|> Name it.", "qry_image_path": "cat.png", "pos_text": "a cat", "pos_image_path": ""}
+    Dataset.from_list([pair] * 4).to_parquet(str(tmp_path / "mmeb.parquet"))
+    recipe = tmp_path / "recipe.yaml"
+    check_data = "false" if streaming == "true" else "true"
+    recipe.write_text(RECIPE.format(folder=tmp_path, stage=stage, streaming=streaming, check_data=check_data))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        result = CliRunner().invoke(cocoa.app, ["train", str(recipe)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    logs = json.loads((tmp_path / "run" / stage / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in logs if "loss" in entry]
+    assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses)
+    assert {"loss_image", "loss_text_source" if stage == "warmup" else "loss_text_target"} <= set().union(*logs)
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "start", tmp_path / "run" / stage / "final")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.split(".")[-2] in ("q_proj", "v_proj", "qkv") for name in changed), changed
 
 
 @pytest.mark.parametrize(
@@ -152,6 +139,8 @@ def test_datasets_keep_pictures_and_rows_together(source):
     [
         (lambda values: values.update(extra=1), "unknown sections .'extra'"),
         (lambda values: values.pop("data"), "missing .'data'"),
+        (lambda values: values["data"].pop("sources"), "data has .* missing .'sources'"),
+        (lambda values: values["data"].update(train={}), "data has unknown parts .'train'"),
         (lambda values: values["stages"].update(fourth={}), "unknown stages .'fourth'"),
         (lambda values: values.update(evaluate="all"), "evaluate must be"),
     ],

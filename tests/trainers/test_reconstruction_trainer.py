@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, Features, Image, Value
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
@@ -273,18 +273,35 @@ def test_wrong_columns_are_named(tmp_path, model, processor):
         trainer_of(model, processor, dataset, tmp_path)
 
 
-def test_bad_rows_stop_before_the_first_step_or_are_skipped_and_counted(tmp_path, model, processor, emoji):
+@pytest.mark.parametrize("kind", [Image(), Image(decode=False)], ids=["decoded", "raw"])
+def test_bad_rows_stop_before_the_first_step_or_are_left_out_and_counted(tmp_path, model, processor, emoji, kind):
     corrupt = {"bytes": b"not a picture", "path": None}
-    dataset = Dataset.from_dict(
-        {"image": [None, corrupt, None, None], "text": ["one", "two", "  ", "four"]}
-    ).cast_column("image", Image(decode=False))
-    with pytest.raises(ValueError, match="row 1: .*on_bad_sample"):
+    features = Features({"image": kind, "text": Value("string")})
+    rows = {"image": [None, corrupt, None, None], "text": ["one", "two", "  ", "four"]}
+    dataset = Dataset.from_dict(rows, features=features)
+    with pytest.raises(ValueError, match="Row 1 of the training data: .*image cannot be read.*on_bad_sample"):
         trainer_of(model, processor, dataset, tmp_path, check_data=True)
-    trainer = trainer_of(
-        model, processor, dataset, tmp_path, on_bad_sample="skip", per_device_train_batch_size=4, logging_steps=1
-    )
+    skipping = {"on_bad_sample": "skip", "per_device_train_batch_size": 4, "logging_steps": 1}
+    trainer = trainer_of(model, processor, dataset, tmp_path, **skipping)
     trainer.train()
     assert [entry["skipped_rows"] for entry in trainer.state.log_history if "loss" in entry] == [2.0] * 4
+    trainer = trainer_of(model, processor, dataset, tmp_path, check_data=True, **skipping)
+    assert list(trainer.train_dataset.rows) == [0, 3] and trainer.train_dataset[1]["text"] == "four"
+    trainer.train()
+    assert [entry["skipped_rows"] for entry in trainer.state.log_history if "loss" in entry] == [0.0] * 4
+
+
+@pytest.mark.parametrize("on_bad_sample", ["raise", "skip"])
+def test_a_corrupt_picture_is_found_whatever_direction_is_drawn(tmp_path, model, processor, on_bad_sample):
+    dataset = Dataset.from_dict(
+        {"image": [{"bytes": b"not a picture", "path": None}], "text": ["one"]},
+        features=Features({"image": Image(), "text": Value("string")}),
+    )
+    with pytest.raises(ValueError, match="Row 0 of the training data: its image cannot be read"):
+        trainer_of(
+            model, processor, dataset, tmp_path, check_data=True, on_bad_sample=on_bad_sample, stage="bridge",
+            direction_weights={"text_to_text": 1.0},
+        )  # fmt: skip
 
 
 def test_a_model_in_memory_needs_its_processor(tmp_path, model, emoji):

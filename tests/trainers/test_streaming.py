@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Image
 from torch.utils.data import DataLoader
 
 from trainers.collators import ReconstructionCollator
@@ -70,6 +70,11 @@ def test_bad_rows_are_named_or_skipped_and_counted(processor):
     skipping = stream(processor, data, on_bad_sample="skip")
     batches = [batch for batch, _ in zip(skipping, range(9), strict=False)]
     assert sum(batch["num_skipped"] for batch in batches) >= 6
+    corrupt = Dataset.from_dict(
+        {"image": [{"bytes": b"nothing", "path": None}]}, features=Features({"image": Image()})
+    )
+    with pytest.raises(ValueError, match="row 0 of pass 0 .*image cannot be read"):
+        next(iter(stream(processor, corrupt.to_iterable_dataset())))
     nothing = Dataset.from_dict({"text": [None, " "]}).to_iterable_dataset()
     with pytest.raises(ValueError, match="No row of the streamed dataset"):
         next(iter(stream(processor, nothing, on_bad_sample="skip")))

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data of a recipe: which rows are read from where, and what columns a stage is given of them."""
+
+from __future__ import annotations
+
+import os
+import string
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset, IterableDataset, concatenate_datasets
+
+from .augment import augment_pictures
+from .mmeb import pairs_as_documents
+from .rows import ROW_COLUMNS
+
+FindFile = Callable[[str], str | os.PathLike]
+LAYOUTS = ("mmeb_train",)
+ENTRY_OPTIONS = ("source", "variants", "augment")
+"""What an entry says beside its columns."""
+
+
+def reconstruction_data(
+    data: Mapping[str, Any], find_file: FindFile, seed: int = 0, *, evaluation: bool = False
+) -> dict[str, Dataset | IterableDataset]:
+    """
+    The datasets of stages 1 and 2 by name, the variants of an entry one after the other.
+
+    Args:
+        data: The section of the recipe; see [`~recipe.Recipe`].
+        find_file (`Callable`): From a data file's name in the recipe to its path.
+        seed (`int`, defaults to 0): Of samples of words and of augmentation.
+        evaluation (`bool`, defaults to `False`): The rows to evaluate on, without variants; none of a source that has
+            no `eval`.
+
+    Raises:
+        ValueError: an entry or a source is wrong; names it.
+    """
+    made = {}
+    for name, columns, variants in made_entries(data, "reconstruction", find_file, seed, evaluation):
+        if unknown := [column for column in columns if column not in ROW_COLUMNS]:
+            raise ValueError(
+                f"data: reconstruction {name} has unknown columns {unknown}; there are {list(ROW_COLUMNS)}, and "
+                f"{list(ENTRY_OPTIONS)}."
+            )
+        made[name] = variants[0] if len(variants) == 1 else concatenate_datasets(variants)
+    return made
+
+
+def contrastive_data(
+    data: Mapping[str, Any], find_file: FindFile, seed: int = 0, *, evaluation: bool = False
+) -> dict[str, Dataset]:
+    """
+    The datasets of stage 3 by name: one for each entry and variant, numbered (`name_2`, ...) where there are several.
+
+    Args and errors are those of [`reconstruction_data`]; a stream is an error.
+    """
+    made = {}
+    for name, _, variants in made_entries(data, "contrastive", find_file, seed, evaluation):
+        for number, variant in enumerate(variants):
+            if isinstance(variant, IterableDataset):
+                raise ValueError(f"data: contrastive {name} is streamed; the contrastive stage needs all its rows.")
+            made[f"{name}_{number + 1}" if number else name] = variant
+    return made
+
+
+def made_entries(
+    data: Mapping[str, Any], section: str, find_file: FindFile, seed: int, evaluation: bool
+) -> Iterator[tuple[str, dict[str, str], list[Dataset | IterableDataset]]]:
+    """Of each entry of a section that has rows: its name, its columns, and the dataset of each of its variants."""
+    sources: dict[str, Dataset | IterableDataset | None] = {}
+    if not isinstance(data.get(section), Mapping) or not data[section]:
+        raise ValueError(f"data: {section} must give its entries by name; got {data.get(section)!r}.")
+    for number, (name, entry) in enumerate(data[section].items()):
+        source_name = name_source(data, entry, f"{section} {name}")
+        if source_name not in sources:
+            sources[source_name] = read_source(data["sources"][source_name], find_file, evaluation)
+        source = sources[source_name]
+        if source is None:
+            continue
+        columns = {column: value for column, value in entry.items() if column not in ENTRY_OPTIONS}
+        variants = entry.get("variants", 1)
+        if not isinstance(variants, int) or variants < 1:
+            raise ValueError(f"data: variants must be a whole number of 1 or more; {name} has {variants!r}.")
+        if entry.get("augment") and variants == 1:
+            raise ValueError(f"data: augment leaves the first variant as it is; give {name} variants of 2 or more.")
+        if isinstance(source, IterableDataset) and variants > 1:
+            raise ValueError(f"data: {name} is streamed, pass after pass, and has no variants.")
+        made = []
+        for variant in range(1 if evaluation else variants):
+            generator = np.random.default_rng((seed, number, variant))
+            rows = assemble(source, columns, generator)
+            if entry.get("augment") and variant:
+                pictures = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+                rows = augment_pictures(rows, pictures, seed=int(generator.integers(2**31)))
+            made.append(rows)
+        yield name, columns, made
+
+
+def name_source(data: Mapping[str, Any], entry: Mapping[str, Any], what: str) -> str:
+    """
+    The source that something takes its rows from: the one it names, or the only one.
+
+    Raises:
+        ValueError: it names none of several, or one that does not exist; lists those that do.
+    """
+    names = list(data["sources"])
+    name = entry.get("source", names[0] if len(names) == 1 else None)
+    if name not in names:
+        raise ValueError(f"data: {what} names the source {name!r}; the sources are {names}.")
+    return name
+
+
+def read_source(options: Mapping[str, Any], find_file: FindFile, evaluation: bool) -> Dataset | IterableDataset | None:
+    """
+    The rows of a source; `None` where they are asked for to evaluate on, and it has none for that.
+
+    Raises:
+        ValueError: `layout` or `eval` is none that there is, a column of `where` does not exist, or no row is left.
+    """
+    options = dict(options)
+    changes = options.pop("eval", None)
+    if evaluation:
+        if changes is None:
+            return None
+        options.update(changes)
+    layout, where, image_dir = (options.pop(name, None) for name in ("layout", "where", "image_dir"))
+    if "data_files" in options:
+        files = options["data_files"]
+        options["data_files"] = [str(find_file(file)) for file in ([files] if isinstance(files, str) else files)]
+    rows = datasets.load_dataset(**{"split": "train", **options})
+    if where:
+        rows = select_rows(rows, where)
+    if layout is None:
+        return rows
+    if layout not in LAYOUTS:
+        raise ValueError(f"data: the layout of a source is one of {list(LAYOUTS)}, or left out; got {layout!r}.")
+    if image_dir is None:
+        raise ValueError("data: a source in MMEB-train's layout needs image_dir, the folder of its images.")
+    return pairs_as_documents(rows, image_dir)
+
+
+def select_rows(source: Dataset | IterableDataset, where: Mapping[str, Any]) -> Dataset | IterableDataset:
+    """
+    The rows whose columns have the given values (or one of a list of them).
+
+    Raises:
+        ValueError: a column does not exist, or no row is left (of a stream: noticed when it is read).
+    """
+    require_columns(source, list(where))
+    wanted = {name: set(values) if isinstance(values, list) else {values} for name, values in where.items()}
+    if isinstance(source, IterableDataset):
+        return source.filter(partial(has_values, wanted=wanted))
+    keep = range(len(source))
+    for name, values in wanted.items():
+        column = source[name]
+        keep = [index for index in keep if column[index] in values]
+    if not len(keep):
+        raise ValueError(f"No row of the data has {dict(where)}.")
+    return source.select(keep)
+
+
+def has_values(row: Mapping[str, Any], wanted: Mapping[str, set[Any]]) -> bool:
+    """Whether each of some columns of a row has one of its values."""
+    return all(row[name] in values for name, values in wanted.items())
+
+
+def require_columns(source: Dataset | IterableDataset, names: list[str]) -> None:
+    """Raise `ValueError` where a column does not exist, listing those that do."""
+    known = source.column_names
+    if known is not None and (missing := [name for name in names if name not in known]):
+        raise ValueError(f"The data has no column {missing}; it has {known}.")
+
+
+class Words(list):
+    """
+    A cell that holds several words, as a text shows it: `{column}` all of them, `{column:sample}` a random part.
+
+    Args:
+        words (`list[str]`).
+        generator (`np.random.Generator`): Draws a sample: how many words (one to all), which, their order.
+    """
+
+    def __init__(self, words: list[str], generator: np.random.Generator) -> None:
+        super().__init__(words)
+        self.generator = generator
+
+    def __format__(self, spec: str) -> str:
+        if spec not in ("", "sample"):
+            raise ValueError(f"A column of lists is written {{column}} or {{column:sample}}; got {{column:{spec}}}.")
+        if spec == "sample" and self:
+            size = self.generator.integers(1, len(self) + 1)
+            return ", ".join(self[index] for index in self.generator.permutation(len(self))[:size])
+        return ", ".join(self)
+
+
+def names_in(template: str) -> list[str]:
+    """The columns in the braces of a text."""
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+
+
+def fill(template: str, row: Mapping[str, Any], generator: np.random.Generator) -> str | None:
+    """A text with the columns of a row in its braces; `None` where the row lacks one of them. See [`Words`]."""
+    cells = {name: row[name] for name in names_in(template)}
+    if any(cell is None for cell in cells.values()):
+        return None
+    words = {name: Words(cell, generator) if isinstance(cell, list) else str(cell) for name, cell in cells.items()}
+    return template.format(**words)
+
+
+def column_texts(source: Dataset, value: str, generator: np.random.Generator | None = None) -> list[str | None]:
+    """A column as texts, or a text with columns in braces, row by row; see [`fill`]."""
+    template = as_template(value)
+    names = names_in(template)
+    require_columns(source, names)
+    generator = generator if generator is not None else np.random.default_rng(0)
+    columns = {name: source[name] for name in names}
+    return [fill(template, {name: columns[name][row] for name in names}, generator) for row in range(len(source))]
+
+
+def as_template(value: str) -> str:
+    """The text that shows a column, of a column's name; any other text as it is."""
+    return value if "{" in value else f"{{{value}}}"
+
+
+def is_kept(source: Dataset | IterableDataset, name: str, value: str) -> bool:
+    """Whether a column is taken as it is, and not made into texts."""
+    if "{" in value:
+        return False
+    kind = (source.features or {}).get(value)
+    return isinstance(kind, datasets.Image) or name in ("image", "images", "texts", "messages")
+
+
+def assemble(
+    source: Dataset | IterableDataset, columns: Mapping[str, str], generator: np.random.Generator | None = None
+) -> Dataset | IterableDataset:
+    """
+    A dataset of the named columns.
+
+    Args:
+        source ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]).
+        columns (`Mapping[str, str]`): By name, a column of the source or a text with columns in braces. Pictures,
+            lists of them, documents and conversations are taken as they are, anything else as texts.
+        generator (`np.random.Generator`, *optional*): Of samples of words.
+
+    Raises:
+        ValueError: a column does not exist.
+    """
+    if isinstance(source, IterableDataset):
+        return assemble_stream(source, columns, generator or np.random.default_rng(0))
+    parts = []
+    for name, value in columns.items():
+        if is_kept(source, name, value):
+            require_columns(source, [value])
+            parts.append(source.select_columns([value]).rename_columns({value: name}))
+        else:
+            parts.append(Dataset.from_dict({name: column_texts(source, value, generator)}))
+    return concatenate_datasets(parts, axis=1)
+
+
+def assemble_stream(
+    source: IterableDataset, columns: Mapping[str, str], generator: np.random.Generator
+) -> IterableDataset:
+    """The same of a stream, row by row as it is read."""
+    kept = {name: value for name, value in columns.items() if is_kept(source, name, value)}
+    templates = {name: as_template(value) for name, value in columns.items() if name not in kept}
+    used = sorted({*kept.values(), *(column for template in templates.values() for column in names_in(template))})
+    require_columns(source, used)
+    source = source.select_columns(used)
+    features = source.features
+    if features is not None:
+        pictures = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+        for name in pictures:  # passed on as the files they are, and opened once, by who reads the row
+            source = source.cast_column(name, datasets.Image(decode=False))
+        text = datasets.Value("string")
+        features = datasets.Features({name: features[kept[name]] if name in kept else text for name in columns})
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        return {name: row[kept[name]] if name in kept else fill(templates[name], row, generator) for name in columns}
+
+    return source.map(convert, remove_columns=used, features=features)
