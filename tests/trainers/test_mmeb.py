@@ -81,7 +81,6 @@ def test_what_does_not_fit_is_said(text, path, message):
 def test_pairs_become_documents_and_empty_sides_are_dropped(folder, is_streamed):
     pairs = Dataset.from_dict(ROWS)
     documents = pairs_as_documents(pairs.to_iterable_dataset() if is_streamed else pairs, folder)
-    assert [image is None or image.size == (64, 64) for image in next(iter(documents))["images"]] == [True] * 3
     rows = list(documents.cast(undecoded(documents.features)))
     for row in rows:  # in a stream the paths themselves
         row["images"] = [image["path"] if isinstance(image, dict) else image for image in row["images"]]
