@@ -9,6 +9,7 @@ the backbone shares or the generative checkpoint brings).
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -189,16 +190,17 @@ class CocoaForReconstruction(nn.Module):
             normalize_pixels=normalize_pixels,
         )
         if heads:
-            model.load_heads(heads)
+            model.load_state_dict(model.fitting_heads(heads), strict=False)
         return model
 
-    def heads_state_dict(self) -> dict[str, Tensor]:
-        """Everything that is not the backbone's."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+    def heads_state_dict(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Everything that is not the backbone's, of the model's own weights or of given ones."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        return {name: value for name, value in state_dict.items() if not name.startswith("model.")}
 
-    def load_heads(self, heads: dict[str, Tensor]) -> None:
+    def fitting_heads(self, heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """
-        Put saved heads in place; the projection of a bridge that the saved run did not have stays as it is.
+        Of saved heads, those that have a place here; the projection of a bridge may be missing.
 
         Raises:
             ValueError: a head is missing or of another shape.
@@ -208,13 +210,19 @@ class CocoaForReconstruction(nn.Module):
         wrong = [name for name, value in own.items() if name in heads and heads[name].shape != value.shape]
         if missing or wrong:
             raise ValueError(f"Reconstruction heads do not fit this model: missing {missing}, of other shape {wrong}.")
-        self.load_state_dict({name: value for name, value in heads.items() if name in own}, strict=False)
+        return {name: value for name, value in heads.items() if name in own}
 
-    def save_heads(self, folder: str | os.PathLike) -> None:
-        """Write the heads beside a backbone's weights, whole or not at all."""
+    def save_heads(self, folder: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """
+        Write the heads beside a backbone's weights, whole or not at all.
+
+        Args:
+            folder (`str` or `os.PathLike`): The backbone's.
+            state_dict (`Mapping[str, Tensor]`, *optional*): The model's weights, where it holds parts of them only.
+        """
         path = Path(folder) / HEADS_FILE
         partial = path.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in self.heads_state_dict().items()}, partial)
+        save_file({name: value.contiguous() for name, value in self.heads_state_dict(state_dict).items()}, partial)
         os.replace(partial, path)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
@@ -257,7 +265,8 @@ class CocoaForReconstruction(nn.Module):
                 spread over processes or batches, its count in all of them makes the step's gradients those of one
                 batch.
             touch_all (`bool`, defaults to `False`): Let every weight take part, with a gradient of zero where this
-                batch has no use for it: processes that train together must.
+                batch has no use for it, and every layer be called as often and in the same order as for any other
+                batch: processes that train together must, and all the more where they share out the weights.
 
         Returns:
             [`ReconstructionOutput`].
@@ -265,6 +274,9 @@ class CocoaForReconstruction(nn.Module):
         backbone = self.model
         image_tokens = input_ids == backbone.config.image_token_id
         inputs_embeds = backbone.get_input_embeddings()(input_ids)
+        touched = []
+        if touch_all and (pixel_values is None or (image_is_target is not None and bool(image_is_target.all()))):
+            touched.append(backbone.touch_vision())
         if pixel_values is not None:
             features = self._image_features(pixel_values, image_grid_thw, image_is_target).to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(image_tokens[..., None], features)
@@ -300,6 +312,8 @@ class CocoaForReconstruction(nn.Module):
                 targets = normalize_patches(targets)
             output.unit_losses = (output.pixels.float() - targets).square().mean(dim=(1, 2))
             sums["image"] = output.unit_losses.sum()
+        elif touch_all:
+            touched.append(self._touch_decoder(hidden))
         if not sums:
             raise ValueError("Nothing is masked in this batch: no labels and no units to predict.")
         counts = dict(zip(LOSSES, own_counts, strict=True))
@@ -310,21 +324,21 @@ class CocoaForReconstruction(nn.Module):
             [weights.get(name, 1.0) * total / divisors[name] for name, total in sums.items()]
         ).sum()
         if touch_all:
-            output.loss = output.loss + 0.0 * self._touch_heads(hidden) + 0.0 * backbone.touch_vision()
+            state = hidden.flatten(0, 1)[:1]
+            heads = [head for head in (self.lm_head, self.bridge_projection) if head is not None]
+            touched += [
+                (state + self.unit_mask_embedding).float().sum(),
+                *(head(state).float().sum() for head in heads),
+            ]
+            output.loss = output.loss + 0.0 * torch.stack(touched).sum()
         return output
 
-    def _touch_heads(self, hidden: Tensor) -> Tensor:
-        """A number that every weight of the heads has a part in."""
-        state = hidden.flatten(0, 1)[:1]
+    def _touch_decoder(self, hidden: Tensor) -> Tensor:
+        """A number that every weight of the image decoder has a part in, from one token."""
         segments = torch.full((1, 1), EOS, device=hidden.device)
         positions = torch.zeros(3, 1, 1, dtype=torch.long, device=hidden.device)
-        unit = (state + self.unit_mask_embedding)[None]
         attention = self._attention(segments, hidden.dtype)
-        total = self._decode(unit, positions, segments == EOS, attention).float().sum()
-        for head in (self.lm_head, self.bridge_projection):
-            if head is not None:
-                total = total + head(state).float().sum()
-        return total
+        return self._decode(hidden[:1, :1], positions, segments == EOS, attention).float().sum()
 
     def _decode(self, hidden: Tensor, positions: Tensor, units: Tensor, attention: dict[str, Any]) -> Tensor:
         """[`ImageDecoder`] on rows under collaborative attention."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from modeling_cocoa.auto import load_backbone
+from modeling_cocoa.auto import BACKBONES, load_backbone
 
 ADAPTER_FILE = "adapter_state.safetensors"
 """File of a checkpoint that holds the adapters of the run; the weights beside it have them folded in."""
@@ -36,17 +40,26 @@ def has_adapter(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that train, by name: what a checkpoint must keep beside the frozen base."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+def adapter_state_dict(backbone: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """
+    The weights that train, by name: what a checkpoint must keep beside the frozen base.
+
+    Args:
+        backbone: With adapters.
+        state_dict (`Mapping[str, Tensor]`, *optional*): Its weights, where it holds parts of them only.
+    """
+    state_dict = backbone.state_dict() if state_dict is None else state_dict
+    return {name: state_dict[name] for name, parameter in backbone.named_parameters() if parameter.requires_grad}
 
 
-def save_adapter(backbone: nn.Module, folder: str | os.PathLike) -> None:
+def save_adapter(
+    backbone: nn.Module, folder: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the adapters of a run into its checkpoint, whole or not at all; nothing where there are none."""
     if has_adapter(backbone):
         path = Path(folder) / ADAPTER_FILE
         partial = path.with_suffix(".partial")
-        save_file(adapter_state_dict(backbone), partial)
+        save_file(adapter_state_dict(backbone, state_dict), partial)
         os.replace(partial, path)
 
 
@@ -58,26 +71,83 @@ def load_checkpoint(backbone: Any, folder: str | os.PathLike) -> None:
         ValueError: the checkpoint's adapters are not those of the backbone.
     """
     if not has_adapter(backbone):
-        backbone.load_state_dict(load_backbone(folder, dtype=backbone.dtype).state_dict())
+        load_weights(backbone, load_backbone(folder, dtype=backbone.dtype).state_dict(), strict=True)
         return
     state = load_file(Path(folder) / ADAPTER_FILE)
-    if set(state) != set(adapter_state_dict(backbone)):
+    if set(state) != {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}:
         raise ValueError(f"The adapters in {folder} are not those of this run's peft_config.")
-    backbone.load_state_dict(state, strict=False)
+    load_weights(backbone, state, strict=False)
 
 
-def merged(backbone: Any) -> Any:
+def below(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights of a part of a model, by their names in it."""
+    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, strict: bool) -> None:
     """
-    A copy of the backbone with its adapters folded into plain weights; the backbone itself if it has none.
+    Put weights in their places, in each process its part of those that are shared out.
 
-    The adapters of the original stay as they are: folding and unfolding in place would not be exact.
+    Raises:
+        RuntimeError: one has no place, or with `strict` one is missing; names them.
     """
-    if not has_adapter(backbone):
-        return backbone
-    folded = copy.deepcopy(backbone)
-    for name, module in list(folded.named_modules()):
+    options = StateDictOptions(full_state_dict=True, strict=strict)
+    if unknown := set_model_state_dict(module, dict(weights), options=options).unexpected_keys:
+        raise RuntimeError(f"The weights {sorted(unknown)} have no place in {type(module).__name__}.")
+
+
+def merged(backbone: Any, state_dict: Mapping[str, Tensor] | None = None) -> Any:
+    """
+    A backbone of plain weights, as a saved folder holds it: adapters folded in, quantized weights as numbers again.
+
+    The backbone itself stays as it is: folding and unfolding in place would not be exact.
+
+    Args:
+        backbone: With or without adapters.
+        state_dict (`Mapping[str, Tensor]`, *optional*): Its weights, where it holds parts of them only because
+            processes share them out.
+
+    Returns:
+        The backbone itself where nothing has to be done, or another one.
+
+    Raises:
+        ValueError: some weights are missing.
+    """
+    if state_dict is None:
+        if not has_adapter(backbone):
+            return backbone
+        state_dict = unquantized(backbone)
+    config = copy.deepcopy(backbone.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        whole = BACKBONES[config.model_type](config)
+    whole.pooler = backbone.pooler
+    if has_adapter(backbone):
+        for name, peft_config in backbone.peft_config.items():
+            inject_adapter_in_model(peft_config, whole, adapter_name=name)
+    whole.load_state_dict(state_dict, assign=True)
+    for name, module in list(whole.named_modules()):
         if isinstance(module, BaseTunerLayer):
+            base = module.get_base_layer()
+            base.weight = nn.Parameter(base.weight.clone(), requires_grad=False)  # merging writes into it
             module.merge()
             parent_name, _, child = name.rpartition(".")
-            setattr(folded.get_submodule(parent_name), child, module.get_base_layer())
-    return folded
+            setattr(whole.get_submodule(parent_name), child, base)
+    return whole
+
+
+def unquantized(backbone: nn.Module) -> dict[str, Tensor]:
+    """The weights by name; of quantized layers those that they compute with, in the type they compute in."""
+    state = backbone.state_dict()
+    for name, module in backbone.named_modules():
+        if isinstance(getattr(module, "weight", None), nn.Parameter) and is_quantized(module):
+            weight = dequantize_module_weight(module)
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.weight")}
+            state[f"{name}.weight"] = weight.to(backbone.dtype)
+    return state
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the weight of a layer is stored in 4 or 8 bits by bitsandbytes."""
+    return type(module.weight).__name__ in ("Params4bit", "Int8Params")

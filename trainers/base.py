@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import StateDictType
 from transformers import ProgressCallback, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
@@ -66,7 +68,7 @@ def is_complete(state: TrainerState, args: TrainingArguments) -> bool:
 class CocoaTrainerMixin:
     """
     In front of a [`~transformers.Trainer`]: resuming from the last complete checkpoint, losses in the bar, and folders
-    that [`save_cocoa`] writes. A trainer defines `write_model(folder)` and `_load_from_checkpoint`.
+    that [`save_cocoa`] writes. A trainer defines `write_model(folder, state_dict)` and `_load_from_checkpoint`.
     """
 
     def show_losses(self) -> None:
@@ -111,9 +113,29 @@ class CocoaTrainerMixin:
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict == {} and self.args.should_save:
+            # What transformers passes where DeepSpeed cannot put the weights together.
+            raise ValueError(
+                "A checkpoint holds the whole model: set stage3_gather_16bit_weights_on_model_save (zero3_save_16bit_"
+                "model in accelerate's file), as in trainers/accelerate_configs/deepspeed_zero3.yaml."
+            )
         if self.args.should_save:  # transformers calls this in every process
-            self.write_model(output_dir if output_dir is not None else self.args.output_dir)
+            self.write_model(output_dir if output_dir is not None else self.args.output_dir, state_dict)
 
     def _load_best_model(self) -> None:
         # sentence-transformers only logs a failure here, and the last weights would pass for the best.
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model_wrapped, self.state.best_model_checkpoint)
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def check_sharding(self) -> None:
+        """
+        Raise `ValueError` where the processes share the weights out in a way that leaves checkpoints without a model.
+        """
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+            raise ValueError(
+                f"With FSDP, fsdp_state_dict_type must be FULL_STATE_DICT, not {plugin.state_dict_type.name}: a "
+                "checkpoint is a folder that loads everywhere. See trainers/accelerate_configs/fsdp2.yaml."
+            )

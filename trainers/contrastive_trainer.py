@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
 from modeling_cocoa.inputs import CocoaInputError
@@ -26,7 +27,7 @@ from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
-from .adapters import add_adapter, has_adapter, load_checkpoint, merged, save_adapter
+from .adapters import add_adapter, below, load_checkpoint, merged, save_adapter
 from .base import CocoaTrainerMixin
 from .contrastive_config import CocoaContrastiveConfig
 from .datasets import check_rows
@@ -152,6 +153,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.check_sharding()
         self.show_losses()
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
@@ -163,20 +165,28 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             logs["skipped_rows"] = self.data_collator.skipped
         super().log(logs, *args, **kwargs)
 
-    def write_model(self, folder: str) -> None:
-        """Write the folder that both doors load; adapters are folded in, and kept beside it for resuming."""
+    def write_model(self, folder: str, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """
+        Write the folder that both doors load; adapters are folded in, and kept beside it for resuming.
+
+        Args:
+            folder (`str`): Where to.
+            state_dict (`Mapping[str, Tensor]`, *optional*): The whole weights, where processes share them out.
+        """
         module = self.model[0]
         model = self.model
-        if has_adapter(module.model):
+        state_dict = None if state_dict is None else below(state_dict, "0.model.")
+        plain = merged(module.model, state_dict)
+        if plain is not module.model:
             model = SentenceTransformer(
-                modules=[CocoaTransformer(merged(module.model), module.processor)],
+                modules=[CocoaTransformer(plain, module.processor)],
                 prompts=model.prompts,
                 default_prompt_name=model.default_prompt_name,
                 truncate_dim=model.truncate_dim,
                 similarity_fn_name=model.similarity_fn_name,
             )
         save_cocoa(model, None, folder)
-        save_adapter(module.model, folder)
+        save_adapter(module.model, folder, state_dict)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
         load_checkpoint(self.model[0].model, checkpoint_path)

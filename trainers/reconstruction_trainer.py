@@ -30,7 +30,7 @@ from modeling_cocoa.reconstruction import (
 )
 from modeling_cocoa.saving import save_cocoa
 
-from .adapters import add_adapter, load_checkpoint, merged, save_adapter
+from .adapters import add_adapter, below, load_checkpoint, load_weights, merged, save_adapter
 from .base import CocoaTrainerMixin
 from .batching import TokenBatchSampler, count_row_tokens
 from .collators import ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
@@ -147,6 +147,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.check_sharding()
         self.label_names = ["labels"]
         # The losses are divided by the counts of the whole step, over its batches and processes.
         self.model_accepts_loss_kwargs = True
@@ -204,12 +205,9 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
     ) -> Any:
         """The weighted sum of the losses; their means by name go to the log."""
         means = self._means["train" if model.training else "eval"]
-        spread = {}
-        if num_items_in_batch is not None:
-            # DDP and its kin take the mean over processes, of losses that are parts of a sum here.
-            processes = self.accelerator.num_processes
-            spread = {"loss_counts": num_items_in_batch / processes, "touch_all": processes > 1}
-        output = model(**model_arguments(inputs), **spread)
+        # DDP and its kin take the mean over processes, of losses that are parts of a sum here.
+        counts = None if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
+        output = model(**model_arguments(inputs), loss_counts=counts, touch_all=self._is_distributed)
         self.check_loss(output.loss, inputs["rows"])
         for name, loss in output.losses.items():
             means.add(f"loss_{name}", loss.detach(), 1)
@@ -229,6 +227,10 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             means.add("skipped_rows", inputs.get("num_skipped", 0), 1)
         return (output.loss, {}) if return_outputs else output.loss
 
+    @property
+    def _is_distributed(self) -> bool:
+        return self.accelerator.num_processes > 1
+
     def _logs_this_step(self) -> bool:
         step = self.state.global_step
         return step == 0 if self.state.logging_steps < 1 else (step + 1) % self.state.logging_steps == 0
@@ -247,7 +249,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         losses = []
         for rows in (own or examples, swapped or examples):
             batch = self.data_collator.collate(rows)
-            output = model(**model_arguments(batch))
+            output = model(**model_arguments(batch), touch_all=self._is_distributed)
             losses.append({name: output.losses[name] for name in ("text_target", "image") if name in output.losses})
         for name, loss in losses[0].items():
             means.add(f"eos_information_{EOS_KINDS[name]}", (losses[1][name] - loss) * count, count)
@@ -298,17 +300,25 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             logs.update(self._means["train"].take())
         super().log(logs, *args, **kwargs)
 
-    def write_model(self, folder: str) -> None:
-        """Write the folder that both doors load; adapters are folded in, and kept beside it for resuming."""
-        save_cocoa(merged(self.model.model), self.processing_class, folder)
-        self.model.save_heads(folder)
+    def write_model(self, folder: str, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        """
+        Write the folder that both doors load; adapters are folded in, and kept beside it for resuming.
+
+        Args:
+            folder (`str`): Where to.
+            state_dict (`Mapping[str, Tensor]`, *optional*): The whole weights, where processes share them out.
+        """
+        backbone_state = None if state_dict is None else below(state_dict, "model.")
+        save_cocoa(merged(self.model.model, backbone_state), self.processing_class, folder)
+        self.model.save_heads(folder, state_dict)
         if (picture := last_picture(self._pictures)) is not None:
             add_to_card(folder, picture)
-        save_adapter(self.model.model, folder)
+        save_adapter(self.model.model, folder, backbone_state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         own = model if model is not None else self.model
-        own.load_heads(load_file(os.path.join(resume_from_checkpoint, HEADS_FILE)))
+        heads = own.fitting_heads(load_file(os.path.join(resume_from_checkpoint, HEADS_FILE)))
+        load_weights(own, heads, strict=False)
         load_checkpoint(own.model, resume_from_checkpoint)
 
 
