@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA and its kin inside a backbone: put in, taken out as plain weights."""
+"""What of a backbone trains: parts of it, adapters inside it; and the plain weights that come out."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,45 @@ from modeling_cocoa.auto import BACKBONES, load_backbone
 
 ADAPTER_FILE = "adapter_state.safetensors"
 """File of a checkpoint that holds the adapters of the run; the weights beside it have them folded in."""
+PARTS = ("vision_tower", "merger", "language_model")
+"""Parts of a backbone: what reads patches, what makes tokens of four of them, and the rest with its embeddings."""
 
 
-def add_adapter(backbone: nn.Module, peft_config: PeftConfig) -> None:
+def part_of(name: str) -> str:
+    """Which of [`PARTS`] a module or weight of a backbone belongs to, by its name."""
+    if name.startswith("visual.merger"):
+        return "merger"
+    return "vision_tower" if name.startswith("visual") else "language_model"
+
+
+def prepare_parts(backbone: nn.Module, freeze_parts: Sequence[str], peft_config: PeftConfig | None) -> None:
     """
-    Put adapters into a backbone, in place, and freeze the rest of it.
+    Freeze parts of a backbone, and put adapters into the others, in place; with adapters nothing else of it trains.
+
+    Args:
+        backbone: A CoCoA backbone.
+        freeze_parts (`Sequence[str]`): Some of [`PARTS`].
+        peft_config ([`~peft.PeftConfig`], *optional*): The adapters; by names of modules as in peft.
 
     Raises:
-        ValueError: no module has a name that `peft_config.target_modules` asks for (said by peft, with the names).
+        ValueError: nothing is left to train; or no module that may train has a name that
+            `peft_config.target_modules` asks for (said by peft, with the names).
     """
-    inject_adapter_in_model(peft_config, backbone)
+    if peft_config is not None:
+        frozen = [name for name, _ in backbone.named_modules() if name and part_of(name) in freeze_parts]
+        if frozen:
+            given = peft_config.exclude_modules or []
+            if isinstance(given, str):
+                given = [name for name, _ in backbone.named_modules() if re.fullmatch(given, name)]
+            peft_config = copy.copy(peft_config)
+            peft_config.exclude_modules = [*given, *frozen]
+        inject_adapter_in_model(peft_config, backbone)
     for name, parameter in backbone.named_parameters():
-        parameter.requires_grad_("lora_" in name or "modules_to_save" in name)
+        is_adapter = "lora_" in name or "modules_to_save" in name
+        if part_of(name) in freeze_parts or (peft_config is not None and not is_adapter):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        raise ValueError(f"Nothing of the backbone is left to train with freeze_parts={list(freeze_parts)}.")
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -127,6 +155,11 @@ def merged(backbone: Any, state_dict: Mapping[str, Tensor] | None = None) -> Any
         for name, peft_config in backbone.peft_config.items():
             inject_adapter_in_model(peft_config, whole, adapter_name=name)
     whole.load_state_dict(state_dict, assign=True)
+    for name, buffer in list(whole.named_buffers()):
+        if buffer.is_meta:  # no state dict has it: frequencies of the rotary positions
+            parent_name, _, child = name.rpartition(".")
+            own = backbone.get_buffer(name)
+            whole.get_submodule(parent_name).register_buffer(child, own, persistent=False)
     for name, module in list(whole.named_modules()):
         if isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()

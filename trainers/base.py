@@ -15,13 +15,14 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from .adapters import PARTS
 from .checkpoints import last_checkpoint
 from .progress import LossProgressCallback
 
 
 @dataclass
-class DataOptions:
-    """How rows become inputs, and what happens to those that cannot; a part of both configurations."""
+class SharedOptions:
+    """What the configurations of all stages have: how rows become inputs, and which parts of the model train."""
 
     max_length: int | None = field(
         default=1280,
@@ -41,8 +42,17 @@ class DataOptions:
         },
     )
 
+    freeze_parts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"Parts of the backbone that stay as they are, in themselves and without adapters: {list(PARTS)}."
+        },
+    )
+
     def __post_init__(self) -> None:
         check_choices(self, "on_bad_sample")
+        if unknown := [part for part in self.freeze_parts if part not in PARTS]:
+            raise ValueError(f"freeze_parts must be of {list(PARTS)}; got {unknown}.")
         super().__post_init__()
 
     def processor_options(self) -> dict[str, int | None]:

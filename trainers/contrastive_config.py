@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from sentence_transformers import SentenceTransformerTrainingArguments
 
-from .base import DataOptions
+from .base import SharedOptions
 
 
 @dataclass
-class CocoaContrastiveConfig(DataOptions, SentenceTransformerTrainingArguments):
+class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments):
     r"""
     Arguments of [`CocoaContrastiveTrainer`]: those of
     [`~sentence_transformers.SentenceTransformerTrainingArguments`] and the ones below.

@@ -27,7 +27,7 @@ from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
-from .adapters import add_adapter, below, load_checkpoint, merged, save_adapter
+from .adapters import below, load_checkpoint, merged, prepare_parts, save_adapter
 from .base import CocoaTrainerMixin
 from .contrastive_config import CocoaContrastiveConfig
 from .datasets import check_rows
@@ -133,8 +133,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
                 "give the folder or name, and it is loaded as one."
             )
         backbone = model[0].model
-        if peft_config is not None:
-            add_adapter(backbone, peft_config)
+        prepare_parts(backbone, args.freeze_parts, peft_config)
         collator = ContrastiveCollator(model.preprocess, prompts=args.prompts, on_bad_sample=args.on_bad_sample)
         check_columns("train_dataset", train_dataset)
         check_columns("eval_dataset", eval_dataset)

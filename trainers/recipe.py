@@ -13,7 +13,7 @@ import torch
 import yaml
 from datasets import DatasetDict
 from transformers import HfArgumentParser
-from trl import ModelConfig, get_peft_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.processing_cocoa import CocoaProcessor
@@ -227,13 +227,15 @@ def load_model(recipe: Recipe, model_path: str | None, args: Any, find_file: Fin
         processor = build_tiny_processor(texts, **options)
         return build_model(processor, seed=recipe.seed, **parts), processor, None
     (config,) = HfArgumentParser(ModelConfig).parse_dict(recipe.model)
-    if config.load_in_8bit or config.load_in_4bit:
-        raise ValueError("model: load_in_8bit and load_in_4bit are not supported; use dtype: bfloat16 and use_peft.")
+    quantization = get_quantization_config(config)
+    if quantization is not None and not config.use_peft:
+        raise ValueError("model: weights in 4 or 8 bits do not train; set use_peft, and adapters do.")
     name = model_path or config.model_name_or_path
     hub = {} if model_path is not None else {"revision": config.model_revision}
     options = {
         "dtype": config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype),
         "attn_implementation": config.attn_implementation,
+        **({} if quantization is None else {"quantization_config": quantization}),
         **hub,
     }
     if isinstance(args, CocoaContrastiveConfig):

@@ -8,13 +8,13 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from .base import DataOptions, check_choices
+from .base import SharedOptions, check_choices
 from .collators import DIRECTIONS
 from .masking import check_ratio
 
 
 @dataclass
-class CocoaReconstructionConfig(DataOptions, TrainingArguments):
+class CocoaReconstructionConfig(SharedOptions, TrainingArguments):
     r"""
     Arguments of [`CocoaReconstructionTrainer`]: those of [`~transformers.TrainingArguments`] and the ones below.
 

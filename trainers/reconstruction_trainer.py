@@ -30,7 +30,7 @@ from modeling_cocoa.reconstruction import (
 )
 from modeling_cocoa.saving import save_cocoa
 
-from .adapters import add_adapter, below, load_checkpoint, load_weights, merged, save_adapter
+from .adapters import below, load_checkpoint, load_weights, merged, prepare_parts, save_adapter
 from .base import CocoaTrainerMixin
 from .batching import TokenBatchSampler, count_row_tokens
 from .collators import ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
@@ -96,8 +96,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         if processing_class is None:
             raise ValueError("Give `processing_class` (a CocoaProcessor) together with a model that is in memory.")
         attach_mask_token(model.model, processing_class.mask_token_id)
-        if peft_config is not None:
-            add_adapter(model.model, peft_config)
+        prepare_parts(model.model, args.freeze_parts, peft_config)
 
         self._row_tokens: np.ndarray | None = None
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}

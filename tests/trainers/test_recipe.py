@@ -72,6 +72,7 @@ model:
   use_peft: true
   lora_r: 4
   lora_target_modules: [q_proj, v_proj, qkv]
+  load_in_4bit: {quantized}
 data:
   sources:
     captions: {{path: parquet, data_files: captions.parquet, streaming: {streaming}}}
@@ -97,9 +98,14 @@ stages:
 """
 
 
-@pytest.mark.parametrize(("stage", "streaming"), [("warmup", "false"), ("bridge", "false"), ("bridge", "true")])
-def test_one_file_holds_data_of_every_form(tmp_path, model, processor, emoji, stage, streaming):
-    """Captions, conversations, documents and MMEB-train, by weight, in batches by tokens, with LoRA."""
+@pytest.mark.parametrize(
+    ("stage", "streaming", "quantized"),
+    [("warmup", "false", "false"), ("bridge", "false", "true"), ("bridge", "true", "false")],
+)
+def test_one_file_holds_data_of_every_form(tmp_path, model, processor, emoji, stage, streaming, quantized):
+    """Captions, conversations, documents and MMEB-train, by weight, in batches by tokens, with LoRA or QLoRA."""
+    if quantized == "true":
+        pytest.importorskip("bitsandbytes")
     save_cocoa(model, processor, tmp_path / "start")
     emoji.select(range(20)).to_parquet(str(tmp_path / "captions.parquet"))
     pictures = [[emoji[place]["image"]] for place in range(20, 30)]
@@ -118,7 +124,8 @@ def test_one_file_holds_data_of_every_form(tmp_path, model, processor, emoji, st
     Dataset.from_list([pair] * 4).to_parquet(str(tmp_path / "mmeb.parquet"))
     recipe = tmp_path / "recipe.yaml"
     check_data = "false" if streaming == "true" else "true"
-    recipe.write_text(RECIPE.format(folder=tmp_path, stage=stage, streaming=streaming, check_data=check_data))
+    options = {"stage": stage, "streaming": streaming, "quantized": quantized, "check_data": check_data}
+    recipe.write_text(RECIPE.format(folder=tmp_path, **options))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         result = CliRunner().invoke(cocoa.app, ["train", str(recipe)], catch_exceptions=False)
@@ -130,8 +137,10 @@ def test_one_file_holds_data_of_every_form(tmp_path, model, processor, emoji, st
     before, after = (
         load_file(folder / "model.safetensors") for folder in (tmp_path / "start", tmp_path / "run" / stage / "final")
     )
+    assert before.keys() == after.keys() and all(value.is_floating_point() for value in after.values())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(name.split(".")[-2] in ("q_proj", "v_proj", "qkv") for name in changed), changed
+    adapted = {name for name in changed if name.split(".")[-2] in ("q_proj", "v_proj", "qkv")}
+    assert adapted and (adapted == changed) == (quantized == "false")
 
 
 @pytest.mark.parametrize(
@@ -159,6 +168,15 @@ def test_an_unknown_setting_of_a_stage_is_named(tmp_path):
     recipe.output_dir = str(tmp_path)
     recipe.stages["warmup"]["mask_ratio"] = 0.5
     with pytest.raises(ValueError, match="mask_ratio"):
+        run_recipe(recipe, lambda name: ROOT / name)
+
+
+def test_quantized_weights_need_adapters(tmp_path, model, processor):
+    save_cocoa(model, processor, tmp_path / "start")
+    recipe = small(Recipe.load(find_recipe("tiny")))
+    recipe.output_dir = str(tmp_path)
+    recipe.model = {"model_name_or_path": str(tmp_path / "start"), "load_in_4bit": True}
+    with pytest.raises(ValueError, match="4 or 8 bits do not train; set use_peft"):
         run_recipe(recipe, lambda name: ROOT / name)
 
 

@@ -11,11 +11,14 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
+from transformers import BitsAndBytesConfig
 
 from modeling_cocoa.attention import SOURCE, TARGET
 from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.losses import normalize_patches
 from modeling_cocoa.reconstruction import HEADS_FILE, CocoaForReconstruction
+from modeling_cocoa.saving import save_cocoa
+from trainers.adapters import PARTS, part_of
 from trainers.collators import ReconstructionCollator, model_arguments
 from trainers.reconstruction_config import CocoaReconstructionConfig
 from trainers.reconstruction_trainer import CocoaReconstructionTrainer
@@ -37,9 +40,13 @@ def arguments(folder, **options):
     return CocoaReconstructionConfig(output_dir=str(folder), **{**defaults, **options})
 
 
-def trainer_of(model, processor, dataset, folder, **options):
+def trainer_of(model, processor, dataset, folder, peft_config=None, **options):
     return CocoaReconstructionTrainer(
-        model, arguments(folder, **options), train_dataset=dataset, processing_class=processor
+        model,
+        arguments(folder, **options),
+        train_dataset=dataset,
+        processing_class=processor,
+        peft_config=peft_config,
     )
 
 
@@ -360,8 +367,7 @@ MERGED_THROUGH = {"stock": {}, "remote code": {"trust_remote_code": True}}
 def test_adapters_of_named_parts_merge_to_the_same_vectors_through_both_doors(
     tmp_path, model, processor, emoji, targets, trained
 ):
-    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    config = LoraConfig(r=4, target_modules=names if targets == "all-linear" else targets, init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
     trainer = CocoaReconstructionTrainer(
         model, arguments(tmp_path, stage="bridge"), train_dataset=emoji, processing_class=processor, peft_config=config
     )
@@ -376,3 +382,57 @@ def test_adapters_of_named_parts_merge_to_the_same_vectors_through_both_doors(
     for door, options in MERGED_THROUGH.items():
         merged = SentenceTransformer(str(tmp_path / "final"), device="cpu", **options).encode(items)
         np.testing.assert_allclose(merged, unmerged, atol=1e-5, err_msg=door)
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("frozen", [["vision_tower"], ["vision_tower", "merger"], ["language_model"]])
+def test_frozen_parts_stay_as_they_are(tmp_path, model, processor, emoji, frozen, peft):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if peft else None
+    trainer = CocoaReconstructionTrainer(
+        model, arguments(tmp_path, stage="bridge", freeze_parts=frozen, learning_rate=1e-2), train_dataset=emoji,
+        processing_class=processor, peft_config=config,
+    )  # fmt: skip
+    assert not any("lora_" in name and part_of(name) in frozen for name, _ in model.named_parameters())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    after = load_backbone(tmp_path / "final").state_dict()
+    changed = {part_of(name) for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed == set(PARTS) - set(frozen)
+
+
+def test_excluded_modules_have_no_adapters_beside_frozen_parts(tmp_path, model, processor, emoji):
+    config = LoraConfig(r=4, target_modules="all-linear", exclude_modules=r".*_proj")
+    trainer_of(model, processor, emoji, tmp_path, peft_config=config, freeze_parts=["vision_tower"])
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert adapted == {"visual.merger.mlp.0", "visual.merger.mlp.2"}
+
+
+def test_nothing_left_to_train_is_said(tmp_path, model, processor, emoji):
+    with pytest.raises(ValueError, match="Nothing of the backbone is left to train"):
+        trainer_of(model, processor, emoji, tmp_path, freeze_parts=list(PARTS))
+    with pytest.raises(ValueError, match="freeze_parts must be of .*'tower'"):
+        arguments(tmp_path, freeze_parts=["tower"])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_over_quantized_weights_train_and_merge_to_plain_ones(tmp_path, model, processor, emoji, bits):
+    """QLoRA: the saved folder holds numbers again, and its vectors are those of the quantized model."""
+    pytest.importorskip("bitsandbytes")
+    save_cocoa(model, processor, tmp_path / "start")
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if bits == 4 else {"load_in_8bit": True}
+    quantized = CocoaForReconstruction.from_pretrained(
+        tmp_path / "start", dtype=torch.float32, quantization_config=BitsAndBytesConfig(**options)
+    )
+    config = LoraConfig(r=4, target_modules=r"language_model\..*\.(q_proj|down_proj)", init_lora_weights=False)
+    trainer = trainer_of(quantized, processor, emoji, tmp_path, stage="bridge", peft_config=config)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    items = [emoji[0]["text"], emoji[1]["image"]]
+    inputs = {name: value for name, value in processor(items).items() if not name.startswith("num_")}
+    with torch.no_grad():
+        expected = trainer.model.model.eval()(**inputs).pooler_output.numpy()
+    tolerance = 1e-5 if bits == 4 else 1e-2  # in 8 bits the activations are rounded as well
+    for door, options in MERGED_THROUGH.items():
+        found = SentenceTransformer(str(tmp_path / "final"), device="cpu", **options).encode(items)
+        np.testing.assert_allclose(found, expected, atol=tolerance, err_msg=door)
