@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -171,16 +170,20 @@ def merged(backbone: Any, state_dict: Mapping[str, Tensor] | None = None) -> Any
 
 
 def unquantized(backbone: nn.Module) -> dict[str, Tensor]:
-    """The weights by name; of quantized layers those that they compute with, in the type they compute in."""
+    """The weights by name; of layers that bitsandbytes keeps in 4 or 8 bits, those that they compute with."""
     state = backbone.state_dict()
     for name, module in backbone.named_modules():
-        if isinstance(getattr(module, "weight", None), nn.Parameter) and is_quantized(module):
-            weight = dequantize_module_weight(module)
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.weight")}
-            state[f"{name}.weight"] = weight.to(backbone.dtype)
+        kind = type(module.weight).__name__ if isinstance(module, nn.Linear) else None
+        if kind not in ("Params4bit", "Int8Params"):
+            continue
+        from bitsandbytes import functional
+
+        if kind == "Params4bit":
+            weight = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        else:
+            scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
+            weight = functional.int8_vectorwise_dequant(module.weight.data, scales)
+        packed = (f"{name}.weight", f"{name}.SCB")
+        state = {key: value for key, value in state.items() if not key.startswith(packed)}
+        state[f"{name}.weight"] = weight.to(backbone.dtype)
     return state
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether the weight of a layer is stored in 4 or 8 bits by bitsandbytes."""
-    return type(module.weight).__name__ in ("Params4bit", "Int8Params")

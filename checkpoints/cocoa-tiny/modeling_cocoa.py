@@ -102,9 +102,12 @@ class CocoaModelMixin:
             # Before transformers 5.4, sdpa and flash attention ask the module, not the configuration, and would be
             # causal in a batch without padding.
             layer.self_attn.is_causal = False
+        # Quantizers look for linear layers by their very class.
+        kept = {nn.Linear} if getattr(config, "quantization_config", None) is not None else set()
         for module in self.modules():
             # The same module with another forward: weights, names, and how it was initialised stay.
-            module.__class__ = self.packed_layers.get(type(module), type(module))
+            if type(module) not in kept:
+                module.__class__ = self.packed_layers.get(type(module), type(module))
         # By name, for sharding; stock collects the names of its own classes.
         replaced = {old.__name__: new.__name__ for old, new in self.packed_layers.items()}
         self._no_split_modules = {replaced.get(name, name) for name in self._no_split_modules}
