@@ -64,9 +64,14 @@ def train(
     """
     Train a model through the stages of a recipe; its last lines say where the model is.
 
+    On several GPUs: accelerate launch --config_file trainers/accelerate_configs/ddp.yaml -m cocoa train RECIPE (or
+    fsdp2.yaml, deepspeed_zero3.yaml).
+
     Call it again after an interruption: ended stages are kept, and the one that was cut off goes on from its last
     checkpoint to the same weights.
     """
+    from accelerate import PartialState
+
     from evaluation.assets import asset_path
     from trainers.recipe import Recipe, find_recipe, run_recipe
 
@@ -78,6 +83,8 @@ def train(
         if output_dir is not None:
             settings.output_dir = str(output_dir)
         model = run_recipe(settings, data_file)
+        if not PartialState().is_main_process:
+            return  # of several that trained together, one goes on
         if settings.evaluate == "emoji":
             from evaluation.demo import run_demo
 

@@ -343,8 +343,9 @@ class CocoaModelMixin:
         A number that every weight of the vision tower has a part in, from one grey image of a single token: for
         processes that train together, of which one has no image.
         """
-        grid = torch.tensor([[1, self.visual.spatial_merge_size, self.visual.spatial_merge_size]], device=self.device)
-        width = self.visual.patch_embed.proj.weight[0].numel()
+        vision = self.config.vision_config  # not the weights, of which a process may hold a part only
+        grid = torch.tensor([[1, vision.spatial_merge_size, vision.spatial_merge_size]], device=self.device)
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         pixels = torch.zeros(int(grid.prod()), width, device=self.device)
         return self.read_images(pixels, grid)[0].float().sum()
 

@@ -295,8 +295,9 @@ class CocoaForReconstruction(nn.Module):
             loss_counts = own_counts
         masked = labels != -100
         sums: dict[str, Tensor] = {}
+        # Looked up even where no token asks for it: DeepSpeed's ZeRO-3 then puts it together, in every process or none.
+        weight = self.lm_head.weight if self.lm_head is not None else backbone.get_input_embeddings().weight
         if bool(masked.any()):
-            weight = self.lm_head.weight if self.lm_head is not None else backbone.get_input_embeddings().weight
             predicting = hidden[:, :-1][masked[:, 1:]]
             output.token_losses, output.token_predictions = masked_token_loss(predicting, weight, labels[masked])
             segments = segment_ids[masked]

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +13,11 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import StateDictType
 from transformers import ProgressCallback, TrainerState, TrainingArguments
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
+from transformers.integrations.deepspeed import (
+    deepspeed_load_checkpoint,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
@@ -75,6 +81,23 @@ def is_complete(state: TrainerState, args: TrainingArguments) -> bool:
     return state.epoch is not None and state.epoch >= args.num_train_epochs
 
 
+@contextmanager
+def whole_weights(args: TrainingArguments) -> Iterator[None]:
+    """
+    Within it models are loaded and saved whole, also under DeepSpeed's ZeRO-3, where transformers would share them out
+    while it loads them: the mask token and the heads are made from whole weights, and one process writes alone.
+    """
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(getattr(args, "hf_deepspeed_config", None) or plugin.dschf)
+
+
 class CocoaTrainerMixin:
     """
     In front of a [`~transformers.Trainer`]: resuming from the last complete checkpoint, losses in the bar, and folders
@@ -103,7 +126,8 @@ class CocoaTrainerMixin:
             if is_complete(state, self.args):
                 # transformers would make one more step, wherever the last one was not the end of an epoch.
                 best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-                self._load_from_checkpoint(best or resume_from_checkpoint)
+                with whole_weights(self.args):
+                    self._load_from_checkpoint(best or resume_from_checkpoint)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -130,7 +154,8 @@ class CocoaTrainerMixin:
                 "model in accelerate's file), as in trainers/accelerate_configs/deepspeed_zero3.yaml."
             )
         if self.args.should_save:  # transformers calls this in every process
-            self.write_model(output_dir if output_dir is not None else self.args.output_dir, state_dict)
+            with whole_weights(self.args):
+                self.write_model(output_dir if output_dir is not None else self.args.output_dir, state_dict)
 
     def _load_best_model(self) -> None:
         # sentence-transformers only logs a failure here, and the last weights would pass for the best.

@@ -28,7 +28,7 @@ from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 from .adapters import below, load_checkpoint, merged, prepare_parts, save_adapter
-from .base import CocoaTrainerMixin
+from .base import CocoaTrainerMixin, whole_weights
 from .contrastive_config import CocoaContrastiveConfig
 from .datasets import check_rows
 from .rows import opened, undecoded
@@ -123,9 +123,10 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             model = SentenceTransformer(modules=[CocoaTransformer(model, processing_class)])
         elif not isinstance(model, SentenceTransformer):
             # In float32 whatever the checkpoint holds: small steps are lost in bfloat16 weights.
-            module = CocoaTransformer(
-                model, processing_class, **args.processor_options(), model_kwargs={"dtype": torch.float32}
-            )
+            with whole_weights(args):
+                module = CocoaTransformer(
+                    model, processing_class, **args.processor_options(), model_kwargs={"dtype": torch.float32}
+                )
             model = SentenceTransformer(modules=[module])
         if len(model) != 1 or not isinstance(model[0], CocoaTransformer):
             raise ValueError(

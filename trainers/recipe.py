@@ -19,6 +19,7 @@ from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.reconstruction import CocoaForReconstruction
 
+from .base import whole_weights
 from .contrastive_config import CocoaContrastiveConfig
 from .contrastive_trainer import CocoaContrastiveTrainer
 from .datasets import mix_datasets
@@ -166,6 +167,7 @@ def train_stage(trainer: CocoaReconstructionTrainer | CocoaContrastiveTrainer, s
     if trainer.eval_dataset is not None:
         trainer.log_metrics(stage, trainer.evaluate())
     trainer.save_model(str(final))
+    trainer.accelerator.wait_for_everyone()  # others ask next whether it is there
 
 
 def build_trainer(
@@ -192,14 +194,16 @@ def build_trainer(
         options["stage"] = stage
     (args,) = HfArgumentParser(config_class).parse_dict(options)
     read = contrastive_data if is_contrastive else reconstruction_data
-    train_dataset: Any = read(recipe.data, find_file, recipe.seed)
-    eval_dataset: Any = read(recipe.data, find_file, recipe.seed, evaluation=True) or None
+    with args.main_process_first(desc="reading the data"):
+        train_dataset: Any = read(recipe.data, find_file, recipe.seed)
+        eval_dataset: Any = read(recipe.data, find_file, recipe.seed, evaluation=True) or None
     if is_contrastive:
         train_dataset = DatasetDict(train_dataset)
         eval_dataset = eval_dataset and DatasetDict(eval_dataset)
     elif eval_dataset:
         eval_dataset = mix_datasets(eval_dataset, None, recipe.seed)
-    model, processor, peft_config = load_model(recipe, model_path, args, find_file)
+    with whole_weights(args):
+        model, processor, peft_config = load_model(recipe, model_path, args, find_file)
     trainer_class = CocoaContrastiveTrainer if is_contrastive else CocoaReconstructionTrainer
     return trainer_class(
         model=model,

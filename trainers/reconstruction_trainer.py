@@ -31,7 +31,7 @@ from modeling_cocoa.reconstruction import (
 from modeling_cocoa.saving import save_cocoa
 
 from .adapters import below, load_checkpoint, load_weights, merged, prepare_parts, save_adapter
-from .base import CocoaTrainerMixin
+from .base import CocoaTrainerMixin, whole_weights
 from .batching import TokenBatchSampler, count_row_tokens
 from .collators import ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
 from .datasets import EpochSampler, ReconstructionDataset, check_rows, mix_datasets
@@ -88,7 +88,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             # In float32 whatever the checkpoint holds: steps of 2e-6 are lost in bfloat16 weights. With `bf16=True`
             # the computation is in bfloat16 all the same.
             name = model
-            model = CocoaForReconstruction.from_pretrained(name, dtype=torch.float32, **args.head_options())
+            with whole_weights(args):
+                model = CocoaForReconstruction.from_pretrained(name, dtype=torch.float32, **args.head_options())
             if processing_class is None:
                 processing_class = CocoaProcessor.from_pretrained(name, **args.processor_options())
         elif isinstance(model, CocoaModelMixin):
@@ -283,7 +284,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             return
         batch = self._prepare_inputs(self.data_collator.collate(examples))
         with self.compute_loss_context_manager():
-            output = self.model_wrapped.eval()(**model_arguments(batch))
+            self.model_wrapped.eval()  # alone: DeepSpeed's returns nothing
+            output = self.model_wrapped(**model_arguments(batch))
         if self.is_world_process_zero():
             grid = draw_pictures(batch, output, self.processing_class, normalized=self.args.normalize_pixels)
             texts = write_texts(batch, output, self.processing_class)

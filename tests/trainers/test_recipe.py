@@ -6,6 +6,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,8 @@ from typer.testing import CliRunner
 
 import cocoa
 from modeling_cocoa.saving import save_cocoa
+from tests.trainers.conftest import TEXT_CONFIG, VISION_CONFIG
+from trainers.from_scratch import build_model
 from trainers.recipe import Recipe, find_recipe, run_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +148,32 @@ def test_one_file_holds_data_of_every_form(tmp_path, model, processor, emoji, st
     assert adapted and (adapted == changed) == (quantized == "false")
 
 
+def test_two_processes_run_a_recipe_together(tmp_path, model, processor, emoji):
+    """Stage after stage, as `accelerate launch -m cocoa train` starts them."""
+    save_cocoa(model, processor, tmp_path / "start")
+    emoji.select(range(16)).to_parquet(str(tmp_path / "rows.parquet"))
+    options = {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"model_name_or_path": str(tmp_path / "start")},
+        "data": {
+            "sources": {"rows": {"path": "parquet", "data_files": str(tmp_path / "rows.parquet")}},
+            "reconstruction": {"rows": {"image": "image", "text": "text"}},
+            "contrastive": {"rows": {"query": "text", "positive": "image"}},
+        },
+        "stages": {stage: options for stage in ("warmup", "bridge", "contrastive")},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*launcher, "-m", "cocoa", "train", str(tmp_path / "recipe.yaml")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-8000:]
+    assert result.stdout.count("The trained model is in") == 1, "said once"
+    weights = [load_file(folder / "model.safetensors") for folder in sorted((tmp_path / "run").glob("*/final"))]
+    assert len(weights) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -169,6 +200,39 @@ def test_an_unknown_setting_of_a_stage_is_named(tmp_path):
     recipe.stages["warmup"]["mask_ratio"] = 0.5
     with pytest.raises(ValueError, match="mask_ratio"):
         run_recipe(recipe, lambda name: ROOT / name)
+
+
+PRETRAINING = [path for path in RECIPES if path.stem.endswith("_pretraining")]
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: path.stem)
+def test_a_recipe_for_gpus_runs_as_it_is_on_a_tiny_model_of_its_kind(tmp_path, processor, emoji, path):
+    recipe = Recipe.load(path)
+    kind = "qwen2_5_vl" if "2_5" in path.stem else "qwen2_vl"
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "fullatt_block_indexes": [0]}
+    vision = VISION_CONFIG if kind == "qwen2_vl" else vision
+    save_cocoa(build_model(processor, TEXT_CONFIG, vision, model_type=kind), processor, tmp_path / "start")
+    assert kind.replace("qwen2_5", "qwen2.5").replace("_", "-") in recipe.model["model_name_or_path"].lower()
+    recipe.model["model_name_or_path"] = str(tmp_path / "start")
+    for number in range(4):
+        emoji[number]["image"].save(tmp_path / f"{number}.png")
+    pairs = [
+        {"qry": "<|image_1|>\nName it.", "qry_image_path": f"{i}.png", "pos_text": "a face", "pos_image_path": ""}
+        for i in range(4)
+    ]
+    Dataset.from_list(pairs).to_parquet(str(tmp_path / "pairs.parquet"))
+    for name, source in recipe.data["sources"].items():
+        assert source["layout"] == "mmeb_train" and source["name"] and source["eval"], name
+        source.update(path="parquet", data_files="pairs.parquet", split="train", image_dir=str(tmp_path))
+        source.update(eval={"split": "train[:2]"})
+        del source["name"]
+    for stage in recipe.stages.values():
+        stage.update(max_steps=1, bf16=False, use_cpu=True, dataloader_num_workers=0, disable_tqdm=True)
+        stage.update(min_pixels=None, max_pixels=None, per_device_train_batch_tokens=200)
+    recipe.output_dir = str(tmp_path / "run")
+    final = run_recipe(recipe, lambda name: tmp_path / name)
+    assert (Path(final) / "modules.json").is_file()
+    assert list((tmp_path / "run" / "bridge" / "reconstructions").glob("*.png"))
 
 
 def test_quantized_weights_need_adapters(tmp_path, model, processor):

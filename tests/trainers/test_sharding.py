@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FSDP2 by the configuration that is shipped: two processes that share out the weights train what one process does."""
+"""
+FSDP2 and DeepSpeed's ZeRO-3 by the configurations that are shipped: two processes that share out the weights train
+what one process does.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,11 @@ CONFIGS = ROOT / "trainers" / "accelerate_configs"
 SCRIPT = """
 import json, os, sys
 
-from accelerate.state import AcceleratorState
+import torch
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from datasets import Dataset
-from peft import LoraConfig
 
-from trainers import (
-    CocoaContrastiveConfig, CocoaContrastiveTrainer, CocoaReconstructionConfig, CocoaReconstructionTrainer
-)
-
-# accelerate shares weights out between GPUs only; torch does so between CPUs as well.
+# accelerate shares weights out between GPUs only; torch and DeepSpeed do so between CPUs as well.
 initialise = AcceleratorState.__init__
 
 
@@ -47,6 +45,16 @@ def shard_on_cpu(self, *args, **options):
 
 
 AcceleratorState.__init__ = shard_on_cpu
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    PartialState._prepare_backend = lambda self, *args, **options: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+from datasets import Dataset
+from peft import LoraConfig
+
+from trainers import (
+    CocoaContrastiveConfig, CocoaContrastiveTrainer, CocoaReconstructionConfig, CocoaReconstructionTrainer
+)
 
 kind, model, folder, batch_size, steps = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
 optimizer = dict(optim="adamw_torch", learning_rate=1e-2) if "adam" in kind else dict(optim="sgd", learning_rate=0.3)
@@ -54,7 +62,8 @@ rows = Dataset.from_parquet(os.path.join(model, "rows.parquet"))
 options = dict(
     output_dir=folder, max_steps=steps, per_device_train_batch_size=batch_size, **optimizer,
     max_grad_norm=1e9, lr_scheduler_type="constant", warmup_steps=0, logging_steps=1, save_steps=1,
-    report_to="none", use_cpu=True, disable_tqdm=True, check_data=False, dataloader_drop_last=True,
+    report_to="none", use_cpu="ACCELERATE_USE_DEEPSPEED" not in os.environ, disable_tqdm=True,
+    check_data=False, dataloader_drop_last=True,
     gradient_checkpointing="bridge" in kind,
 )
 lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "qkv"]) if "lora" in kind else None
@@ -72,7 +81,8 @@ if trainer.eval_dataset is not None:
 trainer.save_model(os.path.join(folder, "final"))
 if trainer.is_world_process_zero():
     with open(os.path.join(folder, "log.json"), "w") as file:
-        json.dump([trainer.is_fsdp_enabled, trainer.state.log_history], file)
+        sharded = "fsdp2" if trainer.is_fsdp_enabled else "deepspeed_zero3" if trainer.is_deepspeed_enabled else None
+        json.dump([sharded, trainer.state.log_history], file)
 trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
 """
@@ -91,21 +101,24 @@ def start(tmp_path, model, processor, emoji):
     return tmp_path / "start"
 
 
-def train(kind, start, folder, batch_size, steps=2, sharded=False):
+def train(kind, start, folder, batch_size, steps=2, sharded=None):
     script = folder.parent / "train.py"
     script.write_text(SCRIPT)
     launcher = []
     if sharded:
-        config = folder.parent / "fsdp2.yaml"
-        shipped = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())
-        config.write_text(yaml.safe_dump({**shipped, "num_processes": 2, "mixed_precision": "no", "use_cpu": True}))
+        config = folder.parent / f"{sharded}.yaml"
+        shipped = yaml.safe_load((CONFIGS / config.name).read_text())
+        on_cpu = {"num_processes": 2, "mixed_precision": "no", "use_cpu": sharded == "fsdp2"}
+        config.write_text(yaml.safe_dump({**shipped, **on_cpu}))
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     command = [sys.executable, *launcher, str(script), kind, str(start), str(folder), str(batch_size), str(steps)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["DS_ACCELERATOR"] = "cpu"
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-12000:]
-    is_sharded, logs = json.loads((folder / "log.json").read_text())
-    assert is_sharded == sharded
+    found, logs = json.loads((folder / "log.json").read_text())
+    assert found == sharded
     return load_file(folder / "final" / "model.safetensors"), logs
 
 
@@ -124,10 +137,19 @@ def pairs(start, emoji):
     return start
 
 
-def check_like_one_process(kind, start, tmp_path):
+def ways(kind):
+    """A kind of run with FSDP2, which is always tested, and with DeepSpeed where it is installed, when asked for."""
+    zero3 = pytest.param(kind, "deepspeed_zero3", marks=pytest.mark.slow)
+    return [(kind, "fsdp2"), zero3] if kind in QUICK else [pytest.param(kind, "fsdp2", marks=pytest.mark.slow), zero3]
+
+
+QUICK = ("bridge", "lora contrastive", "adam bridge")
+
+
+def check_like_one_process(kind, sharded, start, tmp_path):
     before = load_file(start / "model.safetensors")
     one, one_logs = train(kind, start, tmp_path / "one", 8)
-    two, two_logs = train(kind, start, tmp_path / "two", 4, sharded=True)
+    two, two_logs = train(kind, start, tmp_path / "two", 4, sharded=sharded)
     losses = [[entry["loss"] for entry in logs if "loss" in entry] for logs in (one_logs, two_logs)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert two.keys() == one.keys()
@@ -141,22 +163,28 @@ def check_like_one_process(kind, start, tmp_path):
     np.testing.assert_allclose(*vectors, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["bridge", pytest.param("lora bridge", marks=pytest.mark.slow)])
-def test_pre_training_with_shared_out_weights_is_what_one_process_does(tmp_path, start, kind):
+@pytest.fixture(autouse=True)
+def needs_deepspeed(request):
+    if request.node.callspec.params["sharded"] == "deepspeed_zero3":
+        pytest.importorskip("deepspeed")
+
+
+@pytest.mark.parametrize(("kind", "sharded"), [*ways("bridge"), *ways("lora bridge")])
+def test_pre_training_with_shared_out_weights_is_what_one_process_does(tmp_path, start, kind, sharded):
     """Images on one process and texts on the other."""
-    check_like_one_process(kind, start, tmp_path)
+    check_like_one_process(kind, sharded, start, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["lora contrastive", pytest.param("contrastive", marks=pytest.mark.slow)])
-def test_contrastive_training_with_shared_out_weights_is_what_one_process_does(tmp_path, pairs, kind):
-    check_like_one_process(kind, pairs, tmp_path)
+@pytest.mark.parametrize(("kind", "sharded"), [*ways("contrastive"), *ways("lora contrastive")])
+def test_contrastive_training_with_shared_out_weights_is_what_one_process_does(tmp_path, pairs, kind, sharded):
+    check_like_one_process(kind, sharded, pairs, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["adam bridge", pytest.param("adam lora bridge", marks=pytest.mark.slow)])
-def test_a_run_with_shared_out_weights_goes_on_to_the_same_weights(tmp_path, start, kind):
-    whole, _ = train(kind, start, tmp_path / "whole", 4, sharded=True)
-    train(kind, start, tmp_path / "parts", 4, steps=1, sharded=True)
-    parts, _ = train(kind, start, tmp_path / "parts", 4, sharded=True)
+@pytest.mark.parametrize(("kind", "sharded"), [*ways("adam bridge"), *ways("adam lora bridge")])
+def test_a_run_with_shared_out_weights_goes_on_to_the_same_weights(tmp_path, start, kind, sharded):
+    whole, _ = train(kind, start, tmp_path / "whole", 4, sharded=sharded)
+    train(kind, start, tmp_path / "parts", 4, steps=1, sharded=sharded)
+    parts, _ = train(kind, start, tmp_path / "parts", 4, sharded=sharded)
     assert (tmp_path / "parts" / "final" / ADAPTER_FILE).exists() == ("lora" in kind)
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=0, atol=1e-6, msg=name)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+`python -m benchmarks.memory`: what pre-training needs on a GPU, from what a layer of each model really keeps.
+
+What one layer of the true width keeps for its backward pass is measured, by counting the tensors that autograd saves;
+the rest is arithmetic on the number of weights. Runs on a CPU, in two minutes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers.utils import logging
+
+from modeling_cocoa.auto import BACKBONES
+from modeling_cocoa.configuration_cocoa import CocoaConfig
+from modeling_cocoa.packing import pack
+
+logging.set_verbosity_error()
+
+RESULT = Path(__file__).parent / "results" / "memory.json"
+GIB = 2**30
+
+TOKENS = 488
+"""Tokens (and patches) that a layer is measured with; no side of a weight, or casts could be taken for states."""
+BUDGET = 12_800
+"""Tokens of a step on each device: the method's own (see trainers/reconstruction_config.py for the option)."""
+
+TRAINED = 4 + 4 + 8
+"""Bytes of a weight that trains: itself and its gradient in float32, and the two moments of AdamW."""
+FROZEN = 2
+"""Bytes of a weight in bfloat16 that does not."""
+QUANTIZED = 0.5 + 0.127 / 8
+"""Bytes of a weight in NF4: four bits, and the scale of each 64 in 8 bits and a little (QLoRA, arXiv 2305.14314)."""
+
+VISION_WIDTH = 1280
+QWEN2_VL_VISION = {"depth": 32, "embed_dim": VISION_WIDTH, "num_heads": 16, "mlp_ratio": 4}
+QWEN2_5_VL_VISION = {"depth": 32, "hidden_size": VISION_WIDTH, "intermediate_size": 3420, "num_heads": 16}
+
+
+@dataclass
+class Shape:
+    """
+    A published model's sizes.
+
+    Args:
+        model_type (`str`).
+        text, vision (`dict`): Of its configuration.
+        tied (`bool`): Whether the text head is the embedding matrix.
+    """
+
+    model_type: str
+    text: dict[str, int]
+    vision: dict[str, int]
+    tied: bool
+
+
+def text_shape(hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> dict[str, int]:
+    """The text configuration's fields of a size."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "vocab_size": vocabulary,
+    }
+
+
+SHAPES = {
+    "Qwen2-VL-2B": Shape("qwen2_vl", text_shape(1536, 8960, 28, 12, 2, 151_936), QWEN2_VL_VISION, True),
+    "Qwen2-VL-7B": Shape("qwen2_vl", text_shape(3584, 18_944, 28, 28, 4, 152_064), QWEN2_VL_VISION, False),
+    "Qwen2.5-VL-3B": Shape("qwen2_5_vl", text_shape(2048, 11_008, 36, 16, 2, 151_936), QWEN2_5_VL_VISION, True),
+    "Qwen2.5-VL-7B": Shape("qwen2_5_vl", text_shape(3584, 18_944, 28, 28, 4, 152_064), QWEN2_5_VL_VISION, False),
+}
+
+
+def build(shape: Shape, layers: int, blocks: int, device: str) -> nn.Module:
+    """A backbone of a shape, with so many layers and vision blocks, in bfloat16."""
+    config_class = {"qwen2_vl": Qwen2VLConfig, "qwen2_5_vl": Qwen2_5_VLConfig}[shape.model_type]
+    width = {"qwen2_vl": "hidden_size", "qwen2_5_vl": "out_hidden_size"}[shape.model_type]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    config = config_class(
+        text_config={**shape.text, "num_hidden_layers": layers, "rope_parameters": rope},
+        vision_config={**shape.vision, "depth": blocks, width: shape.text["hidden_size"]},
+        tie_word_embeddings=shape.tied,
+        dtype=torch.bfloat16,
+    )
+    config.cocoa = CocoaConfig(eos_token_id=151_645, mask_token_id=151_657).to_dict()
+    with torch.device(device):
+        return BACKBONES[shape.model_type](config).to(torch.bfloat16)
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps of a forward pass, weights and casts of them apart; views of a tensor count once."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    casts = {2 * parameter.numel() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and storage.nbytes() not in casts:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def bytes_kept(shape: Shape, dtype: torch.dtype) -> dict[str, float]:
+    """
+    What one decoder layer keeps of a token, and one vision block of a patch.
+
+    Args:
+        shape ([`Shape`]).
+        dtype (`torch.dtype`): Of the weights. In float32 they compute in bfloat16 by autocast.
+    """
+    small = Shape(shape.model_type, {**shape.text, "vocab_size": 64}, shape.vision, shape.tied)
+    model = build(small, 1, 1, "cpu").to(dtype)
+    layer, block = model.language_model.layers[0], model.visual.blocks[0]
+    states = torch.randn(TOKENS, shape.text["hidden_size"], dtype=dtype, requires_grad=True)
+    segments = torch.ones(2, TOKENS // 2, dtype=torch.long)
+    positions = torch.arange(TOKENS).expand(3, 1, TOKENS)
+    rotary = tuple(part[0] for part in model.language_model.rotary_emb(states[None], positions))
+    patches = torch.randn(TOKENS, VISION_WIDTH, dtype=dtype, requires_grad=True)
+    head = VISION_WIDTH // shape.vision["num_heads"]
+    turns = (torch.randn(TOKENS, head), torch.randn(TOKENS, head))
+    ends = torch.arange(0, TOKENS + 1, TOKENS // 8, dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        token = saved_bytes(model, lambda: layer(states, packing=pack(segments), position_embeddings=rotary))
+        patch = saved_bytes(model, lambda: block(patches, cu_seqlens=ends, position_embeddings=turns))
+    return {"token": token / TOKENS, "patch": patch / TOKENS}
+
+
+def count_weights(shape: Shape) -> dict[str, int]:
+    """Weights by part; `linear`: those of linear layers, which adapters sit in and NF4 packs."""
+    model = build(shape, shape.text["num_hidden_layers"], shape.vision["depth"], "meta")
+    size = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    head = 0 if shape.tied else model.get_input_embeddings().weight.numel()
+    return {
+        "backbone": sum(size.values()),
+        "vision": sum(count for name, count in size.items() if name.startswith("visual.")),
+        "linear": linear,
+        "embeddings": model.get_input_embeddings().weight.numel(),
+        "head": head,
+        # Rank 16 at every linear layer.
+        "adapters": sum(16 * sum(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear)),
+    }
+
+
+def activations(shape: Shape, kept: dict[str, float], value_bytes: int) -> dict[str, float]:
+    """
+    Bytes that a step of [`BUDGET`] tokens keeps, half of them image tokens of sources (four patches each).
+
+    Args:
+        shape ([`Shape`]).
+        kept (`dict`): Of [`bytes_kept`].
+        value_bytes (`int`): Of a value that one layer hands to the next.
+
+    Returns:
+        `dict`: `kept`, everything of every layer; `checkpointed`, the input of each layer, and all of the one that
+            is computed anew.
+    """
+    layers, blocks, patches = shape.text["num_hidden_layers"], shape.vision["depth"], 2 * BUDGET
+    inputs = value_bytes * (BUDGET * shape.text["hidden_size"] * layers + patches * VISION_WIDTH * blocks)
+    return {
+        "kept": BUDGET * kept["token"] * layers + patches * kept["patch"] * blocks,
+        "checkpointed": inputs + max(BUDGET * kept["token"], patches * kept["patch"]),
+    }
+
+
+def needed(shape: Shape, weights: dict[str, int], kept: dict[str, dict[str, float]]) -> dict[str, float]:
+    """GiB on each GPU, by the way of training, with gradient checkpointing."""
+    everything = weights["backbone"] + weights["head"]
+    others = everything - weights["linear"]
+    adapters = TRAINED * weights["adapters"]
+    full = activations(shape, kept["float32"], 4)["checkpointed"]
+    lean = activations(shape, kept["bfloat16"], 2)["checkpointed"]
+    # Of shared-out weights, the embeddings and heads are put together for the whole step, and so are their gradients.
+    together = 2 * FROZEN * (weights["embeddings"] + weights["head"])
+    found = {
+        "full, one GPU": (TRAINED + FROZEN) * everything + full,
+        "full, eight GPUs": TRAINED * everything / 8 + together + full,
+        "LoRA": FROZEN * everything + adapters + lean,
+        "QLoRA": QUANTIZED * weights["linear"] + FROZEN * others + adapters + lean,
+    }
+    return {name: value / GIB for name, value in found.items()}
+
+
+def markdown(found: dict[str, dict[str, Any]]) -> str:
+    """The tables of docs/training.md."""
+    ways = list(next(iter(found.values()))["gib"])
+    lines = ["| model | weights | " + " | ".join(ways) + " |", "|---|---|" + "---|" * len(ways)]
+    for name, model in found.items():
+        count = (model["weights"]["backbone"] + model["weights"]["head"]) / 1e9
+        lines.append(
+            f"| {name} | {count:.2f} B | " + " | ".join(f"{model['gib'][way]:.0f} GiB" for way in ways) + " |"
+        )
+    lines += ["", "| model | token and layer, bfloat16 | float32 | patch and block, bfloat16 | float32 |"]
+    lines.append("|---|---|---|---|---|")
+    for name, model in found.items():
+        cells = [f"{model['kept'][dtype][of]:,.0f}" for of in ("token", "patch") for dtype in ("bfloat16", "float32")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def measure() -> dict[str, dict[str, Any]]:
+    """Of each model: what its layers keep, its weights, and what training it needs."""
+    found = {}
+    for name, shape in SHAPES.items():
+        kept = {str(dtype)[6:]: bytes_kept(shape, dtype) for dtype in (torch.bfloat16, torch.float32)}
+        weights = count_weights(shape)
+        found[name] = {"kept": kept, "weights": weights, "gib": needed(shape, weights, kept)}
+    return found
+
+
+def main(output: Annotated[Path, typer.Option(help="JSON file of what was measured.")] = RESULT) -> None:
+    """Measure a layer of each model, and print what pre-training needs."""
+    found = measure()
+    partial = output.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    partial.replace(output)
+    typer.echo(markdown(found))
+
+
+if __name__ == "__main__":
+    typer.run(main)
