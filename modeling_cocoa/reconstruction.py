@@ -295,7 +295,7 @@ class CocoaForReconstruction(nn.Module):
             loss_counts = own_counts
         masked = labels != -100
         sums: dict[str, Tensor] = {}
-        # Looked up even where no token asks for it: DeepSpeed's ZeRO-3 then puts it together, in every process or none.
+        # Looked up even where no token asks for it: ZeRO-3 then puts it together, in every process or in none.
         weight = self.lm_head.weight if self.lm_head is not None else backbone.get_input_embeddings().weight
         if bool(masked.any()):
             predicting = hidden[:, :-1][masked[:, 1:]]
