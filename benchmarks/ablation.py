@@ -24,17 +24,26 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from . import ablation_emoji, ablation_wordnet
 from .ablation_report import markdown, plot, summarise
 
 SETTINGS = Path(__file__).with_name("ablation.yaml")
-RESULTS = Path(__file__).parent / "results" / "ablation"
-WORK = Path("runs") / "ablation"
+RESULTS = Path(__file__).parent / "results"
+RUNS = Path("runs")
+TASKS = {"emoji": ablation_emoji, "wordnet": ablation_wordnet}
+"""What runs are judged by: measures, ranks of the right answers, and what has to be made beforehand."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
 
-Settings = Annotated[Path, typer.Option(help="The recipe and the arms.")]
-Results = Annotated[Path, typer.Option(help="Folder of the runs' JSON files, the table and the plot.")]
-Work = Annotated[Path, typer.Option(help="Folder of checkpoints; a run's are deleted when it has ended.")]
+SettingsFile = Annotated[Path, typer.Option(help="The recipe and the arms.")]
+Results = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the runs' JSON files, the table and the plot; by default named as the settings."),
+]
+Work = Annotated[
+    Path | None,
+    typer.Option(help="Folder of checkpoints; a run's are deleted when it has ended. By default in runs/."),
+]
 Split = Annotated[str, typer.Option(help="Concepts to measure on: 'validation' to choose settings, 'test' once.")]
 
 
@@ -56,10 +65,30 @@ class Arm:
     causal: bool = False
 
 
-def load_settings(path: Path) -> tuple[dict[str, Any], dict[str, Arm], str]:
-    """The recipe, the arms by name, and the arm that the others are compared with."""
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return values["recipe"], {name: Arm(**arm) for name, arm in values["arms"].items()}, values["reference"]
+@dataclass
+class Settings:
+    """
+    What an ablation's file holds.
+
+    Args:
+        recipe (`dict`): What all runs have in common; see [`~recipe.Recipe`].
+        arms (`dict[str, Arm]`): By name.
+        reference (`str`): The arm that the others are compared with.
+        task (`str`, defaults to `"emoji"`): One of [`TASKS`].
+        layers (`int`, *optional*): Of the pretrained model, where the task has one.
+    """
+
+    recipe: dict[str, Any]
+    arms: dict[str, Arm]
+    reference: str
+    task: str = "emoji"
+    layers: int | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> Settings:
+        """Read a file."""
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return cls(**{**values, "arms": {name: Arm(**arm) for name, arm in values["arms"].items()}})
 
 
 def check_arms(names: list[str], arms: dict[str, Arm]) -> None:
@@ -85,21 +114,22 @@ def make_causal(backbone: Any) -> None:
         layer.self_attn.is_causal = True
 
 
-def run_arm(recipe: Any, arm: Arm, emoji: Any, split: str) -> dict[str, Any]:
+def run_arm(recipe: Any, arm: Arm, task: str, split: str) -> dict[str, Any]:
     """
     Train one arm from one seed, and rank the answers.
 
     Returns:
-        `dict`: `ranks` (see [`rank_answers`]), and `seconds` of each stage that ran without interruption.
+        `dict`: `ranks` (see the task's `rank_answers`), and `seconds` of each stage that ran without interruption.
     """
     from evaluation.assets import asset_path
     from modeling_cocoa import CocoaTransformer
     from trainers.checkpoints import last_checkpoint
     from trainers.recipe import run_recipe
 
-    from .ablation_scores import rank_answers
-
     whole: dict[str, Any] = {}
+
+    def data_file(name: str) -> Path:
+        return Path(name) if Path(name).exists() else asset_path(name)
 
     def prepare(stage: str, trainer: Any) -> None:
         if arm.causal:
@@ -107,7 +137,7 @@ def run_arm(recipe: Any, arm: Arm, emoji: Any, split: str) -> dict[str, Any]:
         if last_checkpoint(trainer.args.output_dir) is None:
             whole[stage] = trainer
 
-    module = CocoaTransformer(run_recipe(recipe, asset_path, prepare)).eval()
+    module = CocoaTransformer(run_recipe(recipe, data_file, prepare)).eval()
     if arm.causal:
         make_causal(module.model)
     seconds = {
@@ -116,7 +146,7 @@ def run_arm(recipe: Any, arm: Arm, emoji: Any, split: str) -> dict[str, Any]:
         for entry in trainer.state.log_history
         if "train_runtime" in entry
     }
-    return {"ranks": rank_answers(module.model, module.processor, emoji, split), "seconds": seconds}
+    return {"ranks": TASKS[task].rank_answers(module.model, module.processor, split), "seconds": seconds}
 
 
 def result_path(results: Path, arm: str, seed: int) -> Path:
@@ -128,22 +158,22 @@ def result_path(results: Path, arm: str, seed: int) -> Path:
 def one(
     arm: Annotated[str, typer.Argument(help="Name of an arm.")],
     seed: Annotated[int, typer.Argument(help="Of the weights, the order of the data and the masks.")],
-    settings: Settings = SETTINGS,
-    results: Results = RESULTS,
-    work: Work = WORK,
+    settings: SettingsFile = SETTINGS,
+    results: Results = None,
+    work: Work = None,
     split: Split = "test",
 ) -> None:
     """Train and measure one arm from one seed."""
     import torch
 
-    from evaluation.emoji import load_emoji
-
-    values, arms, _ = load_settings(settings)
-    check_arms([arm], arms)
+    values = Settings.load(settings)
+    results, work = results or RESULTS / settings.stem, work or RUNS / settings.stem
+    check_arms([arm], values.arms)
     folder = work / arm / f"seed-{seed}"
-    recipe = arm_recipe(values, arms[arm], seed, folder)
+    recipe = arm_recipe(values.recipe, values.arms[arm], seed, folder)
     torch.set_num_threads(recipe.num_threads or torch.get_num_threads())
-    result = run_arm(recipe, arms[arm], load_emoji(), split)
+    TASKS[values.task].prepare(values.layers)
+    result = run_arm(recipe, values.arms[arm], values.task, split)
     path = result_path(results, arm, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     stages = {stage: dict(options) for stage, options in recipe.stages.items()}
@@ -159,15 +189,17 @@ def run_all(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 5,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each on one core.")] = 2,
     only: Annotated[list[str] | None, typer.Option(help="An arm; may be given several times. All otherwise.")] = None,
-    settings: Settings = SETTINGS,
-    results: Results = RESULTS,
-    work: Work = WORK,
+    settings: SettingsFile = SETTINGS,
+    results: Results = None,
+    work: Work = None,
     split: Split = "test",
 ) -> None:
     """Run every arm that has no result yet, two at a time, then write the table and the plot."""
-    _, arms, _ = load_settings(settings)
-    chosen = only or list(arms)
-    check_arms(chosen, arms)
+    values = Settings.load(settings)
+    results, work = results or RESULTS / settings.stem, work or RUNS / settings.stem
+    chosen = only or list(values.arms)
+    check_arms(chosen, values.arms)
+    TASKS[values.task].prepare(values.layers)
     wanted = [(arm, seed) for seed in range(seeds) for arm in chosen]
     waiting = [run for run in wanted if not result_path(results, *run).exists()]
     running: dict[tuple[str, int], subprocess.Popen] = {}
@@ -213,19 +245,21 @@ def start_run(arm: str, seed: int, settings: Path, results: Path, work: Path, sp
 
 
 @app.command()
-def report(settings: Settings = SETTINGS, results: Results = RESULTS) -> None:
+def report(settings: SettingsFile = SETTINGS, results: Results = None) -> None:
     """Write the table and the plot of the runs that there are."""
-    _, arms, reference = load_settings(settings)
+    values = Settings.load(settings)
+    results = results or RESULTS / settings.stem
+    measures = TASKS[values.task].MEASURES
     runs = {}
-    for arm in arms:
+    for arm in values.arms:
         found = [json.loads(path.read_text()) for path in sorted((results / arm).glob("seed-*.json"))]
         if found:
             runs[arm] = {run["seed"]: run for run in found}
-    titles = {name: arm.title for name, arm in arms.items()}
-    summaries = summarise(runs, reference)
-    table = markdown(summaries, titles)
+    titles = {name: arm.title for name, arm in values.arms.items()}
+    summaries = summarise(runs, values.reference, measures)
+    table = markdown(summaries, titles, measures)
     (results / "table.md").write_text(table, encoding="utf-8")
-    plot(summaries, titles, reference, results / "differences.png")
+    plot(summaries, titles, values.reference, measures, results / "differences.png")
     Console().print(table)
 
 

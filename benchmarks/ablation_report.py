@@ -12,9 +12,27 @@ import numpy as np
 
 from evaluation.retrieval import Estimate
 
-from .ablation_scores import MEASURES, hits_of
-
 RESAMPLES = 4000
+
+
+@dataclass
+class Measure:
+    """
+    What a run is judged by: the share of items whose right answer comes early enough.
+
+    Args:
+        title (`str`).
+        ranks (`str`): Name of the ranks, among those of a run.
+        top (`int`): The rank up to which an answer counts.
+    """
+
+    title: str
+    ranks: str
+    top: int
+
+    def hits(self, ranks: Mapping[str, list[list[int]]]) -> np.ndarray:
+        """Of each item, the share of the ways of asking that found it, `(items,)`."""
+        return (np.array(ranks[self.ranks]) <= self.top).mean(axis=0)
 
 
 @dataclass
@@ -53,39 +71,44 @@ def bootstrap(values: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> 
     return Estimate(float(values.mean()), float(low), float(high))
 
 
-def summarise(runs: Mapping[str, Mapping[int, dict[str, Any]]], reference: str) -> dict[str, dict[str, Summary]]:
+def summarise(
+    runs: Mapping[str, Mapping[int, dict[str, Any]]], reference: str, measures: Mapping[str, Measure]
+) -> dict[str, dict[str, Summary]]:
     """
     Every arm that has runs, by measure.
 
     Args:
         runs: Results by arm and seed; those of an arm are compared with the reference's of the same seeds.
         reference (`str`): The arm that the others are compared with.
+        measures (`Mapping[str, Measure]`): By name.
 
     Returns:
         `dict`: By arm and measure.
     """
     summaries: dict[str, dict[str, Summary]] = {}
     for arm, of_seeds in runs.items():
-        for measure in MEASURES:
-            scores = {seed: 100 * hits_of(run["ranks"], measure) for seed, run in of_seeds.items()}
+        for name, measure in measures.items():
+            scores = {seed: 100 * measure.hits(run["ranks"]) for seed, run in of_seeds.items()}
             difference = None
             shared = sorted(set(of_seeds) & set(runs.get(reference, {})))
             if arm != reference and shared:
-                others = [100 * hits_of(runs[reference][seed]["ranks"], measure) for seed in shared]
+                others = [100 * measure.hits(runs[reference][seed]["ranks"]) for seed in shared]
                 difference = bootstrap(np.stack([scores[seed] for seed in shared]) - np.stack(others))
             mean = bootstrap(np.stack(list(scores.values())))
-            summaries.setdefault(arm, {})[measure] = Summary(mean, difference, len(scores))
+            summaries.setdefault(arm, {})[name] = Summary(mean, difference, len(scores))
     return summaries
 
 
-def markdown(summaries: Mapping[str, Mapping[str, Summary]], titles: Mapping[str, str]) -> str:
+def markdown(
+    summaries: Mapping[str, Mapping[str, Summary]], titles: Mapping[str, str], measures: Mapping[str, Measure]
+) -> str:
     """A table: a line an arm, with means and intervals, below them the differences to the reference."""
     lines = [
-        "| arm | seeds | " + " | ".join(title for title, _ in MEASURES.values()) + " |",
-        "|---|---|" + "---|" * len(MEASURES),
+        "| arm | seeds | " + " | ".join(measure.title for measure in measures.values()) + " |",
+        "|---|---|" + "---|" * len(measures),
     ]
     for arm, of_measures in summaries.items():
-        cells = [cell(summary) for summary in (of_measures[measure] for measure in MEASURES)]
+        cells = [cell(summary) for summary in (of_measures[measure] for measure in measures)]
         seeds = next(iter(of_measures.values())).seeds
         lines.append(f"| {titles[arm]} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -107,23 +130,27 @@ def excludes_zero(estimate: Estimate) -> bool:
 
 
 def plot(
-    summaries: Mapping[str, Mapping[str, Summary]], titles: Mapping[str, str], reference: str, path: Path
+    summaries: Mapping[str, Mapping[str, Summary]],
+    titles: Mapping[str, str],
+    reference: str,
+    measures: Mapping[str, Measure],
+    path: Path,
 ) -> None:
     """Draw the differences to the reference with their intervals, a panel a measure."""
     from matplotlib.figure import Figure
 
     arms = [arm for arm in summaries if arm != reference and all(s.difference for s in summaries[arm].values())]
-    figure = Figure(figsize=(3.1 * len(MEASURES), 0.9 + 0.42 * len(arms)), layout="constrained")
-    for axes, (measure, (title, _)) in zip(
-        figure.subplots(1, len(MEASURES), sharey=True, squeeze=False)[0], MEASURES.items(), strict=True
+    figure = Figure(figsize=(3.1 * len(measures), 0.9 + 0.42 * len(arms)), layout="constrained")
+    for axes, (name, measure) in zip(
+        figure.subplots(1, len(measures), sharey=True, squeeze=False)[0], measures.items(), strict=True
     ):
         for place, arm in enumerate(arms):
-            difference = summaries[arm][measure].difference
+            difference = summaries[arm][name].difference
             colour = "#1b6ca8" if excludes_zero(difference) else "#9aa5ad"
             axes.plot([difference.low, difference.high], [place, place], color=colour, linewidth=2)
             axes.plot([difference.value], [place], "o", color=colour, markersize=6)
         axes.axvline(0, color="#444444", linewidth=0.8)
-        axes.set_title(title, fontsize=9)
+        axes.set_title(measure.title, fontsize=9)
         axes.set_xlabel("points", fontsize=8)
         axes.set_yticks(range(len(arms)), [titles[arm] for arm in arms], fontsize=9)
         axes.set_ylim(len(arms) - 0.5, -0.5)

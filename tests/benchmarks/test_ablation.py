@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 from benchmarks import ablation
+from benchmarks.ablation_emoji import MEASURES
 from benchmarks.ablation_report import bootstrap, excludes_zero, markdown, plot, summarise
-from benchmarks.ablation_scores import MEASURES, hits_of
 from evaluation.assets import asset_path
 from modeling_cocoa import CocoaTransformer
 
@@ -26,10 +27,11 @@ def made_up(share: float, seed: int) -> dict:
 
 
 def test_every_arm_starts_from_the_recipe_and_changes_what_it_says():
-    recipe, arms, reference = ablation.load_settings(ablation.SETTINGS)
-    assert reference in arms and len(arms) == 7
-    for name, arm in arms.items():
-        made = ablation.arm_recipe(recipe, arm, 3, ablation.WORK)
+    settings = ablation.Settings.load(ablation.SETTINGS)
+    recipe = settings.recipe
+    assert settings.reference in settings.arms and len(settings.arms) == 7
+    for name, arm in settings.arms.items():
+        made = ablation.arm_recipe(recipe, arm, 3, Path("runs"))
         assert list(made.stages) == arm.stages and made.seed == 3, name
         for stage, options in made.stages.items():
             changed = {key: value for key, value in options.items() if recipe["stages"][stage].get(key) != value}
@@ -84,7 +86,7 @@ def test_a_run_is_kept_and_its_checkpoints_are_not(tmp_path):
 
 
 def test_hits_are_the_share_of_ways_that_found_an_item():
-    assert hits_of({"held_out": [[1, 10, 11], [12, 10, 11]]}, "held_out").tolist() == [0.5, 1.0, 0.0]
+    assert MEASURES["held_out"].hits({"held_out": [[1, 10, 11], [12, 10, 11]]}).tolist() == [0.5, 1.0, 0.0]
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -104,14 +106,14 @@ def test_the_table_compares_the_same_seeds(tmp_path):
         "better": {seed: made_up(0.6, seed + 10) for seed in range(3)},
         "same": {seed: made_up(0.4, seed) for seed in range(2)},
     }
-    summaries = summarise(runs, "reference")
+    summaries = summarise(runs, "reference", MEASURES)
     better = summaries["better"]["held_out"]
     assert better.seeds == 3 and better.difference.value == pytest.approx(20, abs=6)
     assert excludes_zero(better.difference)
     assert summaries["same"]["group"].difference.value == 0.0
     assert summaries["reference"]["group"].difference is None
     titles = {"reference": "plain", "better": "more", "same": "nothing new"}
-    table = markdown(summaries, titles)
+    table = markdown(summaries, titles, MEASURES)
     assert table.count("\n") == 5 and "**+" in table and "| more | 3 |" in table
-    plot(summaries, titles, "reference", tmp_path / "plot.png")
+    plot(summaries, titles, "reference", MEASURES, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000

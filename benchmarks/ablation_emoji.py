@@ -7,23 +7,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
-from evaluation.emoji import STYLES, split_rows
+from evaluation.emoji import STYLES, load_emoji, split_rows
 from evaluation.retrieval import target_ranks
 from modeling_cocoa.encoding import encode_inputs
 
-MEASURES: dict[str, tuple[str, int]] = {
-    "seen_style": ("seen concepts, unseen style: R@1", 1),
-    "held_out": ("held-out concepts: R@10", 10),
-    "group": ("9 groups: accuracy", 1),
-    "subgroup": ("98 subgroups: accuracy", 1),
-    "german": ("German to English name: R@1", 1),
+from .ablation_report import Measure
+
+MEASURES: dict[str, Measure] = {
+    "seen_style": Measure("seen concepts, unseen style: R@1", "seen_style", 1),
+    "held_out": Measure("held-out concepts: R@10", "held_out", 10),
+    "group": Measure("9 groups: accuracy", "group", 1),
+    "subgroup": Measure("98 subgroups: accuracy", "subgroup", 1),
+    "german": Measure("German to English name: R@1", "german", 1),
 }
-"""Of each measure: its title, and the rank up to which an answer counts. The same in every arm, set beforehand."""
+"""By name; the same in every arm, set beforehand."""
 
 
-def rank_answers(model: Any, processor: Any, emoji: Dataset, split: str = "test") -> dict[str, list[list[int]]]:
+def prepare(layers: int | None) -> None:
+    """Nothing: the set and the recipe are all that a run needs."""
+
+
+def rank_answers(model: Any, processor: Any, split: str = "test") -> dict[str, list[list[int]]]:
     """
     Ranks of the right answers, by measure: a list for each way of asking, of one rank an item.
 
@@ -38,9 +43,9 @@ def rank_answers(model: Any, processor: Any, emoji: Dataset, split: str = "test"
 
     Args:
         model ([`CocoaModelMixin`]), processor ([`CocoaProcessor`]).
-        emoji ([`~datasets.Dataset`]): The set, as from [`~evaluation.emoji.load_emoji`].
         split (`str`, defaults to `"test"`): `"validation"` or `"test"`.
     """
+    emoji = load_emoji()
     asked = slice(("validation", "test").index(split), None, 2)
 
     def embed(inputs: Sequence[Any]) -> np.ndarray:
@@ -73,8 +78,3 @@ def both_ways(names: np.ndarray, pictures: np.ndarray, asked: slice) -> list[lis
         target_ranks(queries[asked] @ candidates.T, targets).tolist()
         for queries, candidates in ((names, pictures), (pictures, names))
     ]
-
-
-def hits_of(ranks: dict[str, list[list[int]]], measure: str) -> np.ndarray:
-    """Of each item, the share of the ways of asking that found it, `(items,)`."""
-    return (np.array(ranks[measure]) <= MEASURES[measure][1]).mean(axis=0)
