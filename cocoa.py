@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+# bitsandbytes, of the extra [qlora], warns at every start that a faster kernel could be installed.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 app = typer.Typer(
     name="cocoa",

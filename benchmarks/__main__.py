@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
+from modeling_cocoa.files import written_whole
+
 from .encode import bench_encode
 from .growth import bench_growth
 from .models import device, save_118m
@@ -95,9 +97,8 @@ def measure(
             show(console, title, numbers)
             console.print(f"[dim]{time.monotonic() - start:.0f} s[/dim]")
             output.parent.mkdir(parents=True, exist_ok=True)
-            partial = output.with_suffix(".partial")
-            partial.write_text(json.dumps(report, indent=2) + "\n")
-            partial.replace(output)
+            with written_whole(output) as path:
+                path.write_text(json.dumps(report, indent=2) + "\n")
     console.print(f"Numbers: {os.path.relpath(output)}")
 
 

@@ -24,6 +24,8 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from modeling_cocoa.files import written_whole
+
 from . import ablation_emoji, ablation_wordnet
 from .ablation_report import markdown, plot, summarise
 
@@ -178,9 +180,8 @@ def one(
     path.parent.mkdir(parents=True, exist_ok=True)
     stages = {stage: dict(options) for stage, options in recipe.stages.items()}
     content = {"arm": arm, "seed": seed, "split": split, "stages": stages, **result}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with written_whole(path) as file:
+        file.write_text(json.dumps(content) + "\n", encoding="utf-8")
     shutil.rmtree(folder)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.retrieval import Estimate
+from modeling_cocoa.files import written_whole
 
 RESAMPLES = 4000
 
@@ -158,6 +159,5 @@ def plot(
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     figure.suptitle(f"Difference to “{titles[reference]}”, with 95 % intervals", fontsize=10)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=150)
-    partial.replace(path)
+    with written_whole(path) as file:
+        figure.savefig(file, dpi=150)

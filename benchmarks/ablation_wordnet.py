@@ -17,6 +17,7 @@ from datasets import Dataset, concatenate_datasets
 
 from evaluation.retrieval import target_ranks
 from modeling_cocoa.encoding import encode_inputs
+from modeling_cocoa.files import written_whole
 from modeling_cocoa.saving import save_cocoa
 
 from .ablation_report import Measure
@@ -86,9 +87,8 @@ def prepare(layers: int | None) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         rows = split_synsets(read_synsets(Path(os.environ.get("WNSEARCHDIR", WORDNET))))
-        partial = path.with_suffix(".partial")
-        rows.to_parquet(str(partial))
-        partial.replace(path)
+        with written_whole(path) as file:
+            rows.to_parquet(str(file))
     start = FOLDER / "start"
     if not (start / "modules.json").is_file():
         llama, tokenizer = load_smollm2()

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from modeling_cocoa.auto import BACKBONES
 from modeling_cocoa.configuration_cocoa import CocoaConfig
+from modeling_cocoa.files import written_whole
 from modeling_cocoa.packing import pack
 
 logging.set_verbosity_error()
@@ -228,9 +229,8 @@ def measure() -> dict[str, dict[str, Any]]:
 def main(output: Annotated[Path, typer.Option(help="JSON file of what was measured.")] = RESULT) -> None:
     """Measure a layer of each model, and print what pre-training needs."""
     found = measure()
-    partial = output.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    partial.replace(output)
+    with written_whole(output) as path:
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     typer.echo(markdown(found))
 
 

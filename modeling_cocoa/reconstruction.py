@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from .attention import EOS, PADDING, SOURCE, TARGET, attention_mask_for
 from .auto import load_backbone
+from .files import written_whole
 from .heads import ImageDecoder, read_lm_head
 from .layers import merged_rotary
 from .losses import masked_token_loss, normalize_patches
@@ -220,10 +221,9 @@ class CocoaForReconstruction(nn.Module):
             folder (`str` or `os.PathLike`): The backbone's.
             state_dict (`Mapping[str, Tensor]`, *optional*): The model's weights, where it holds parts of them only.
         """
-        path = Path(folder) / HEADS_FILE
-        partial = path.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in self.heads_state_dict(state_dict).items()}, partial)
-        os.replace(partial, path)
+        heads = {name: value.contiguous() for name, value in self.heads_state_dict(state_dict).items()}
+        with written_whole(Path(folder) / HEADS_FILE) as path:
+            save_file(heads, path)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Trade computation for memory in the backbone, whose arguments these are."""

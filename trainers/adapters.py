@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from modeling_cocoa.auto import BACKBONES, load_backbone
+from modeling_cocoa.files import written_whole
 
 ADAPTER_FILE = "adapter_state.safetensors"
 """File of a checkpoint that holds the adapters of the run; the weights beside it have them folded in."""
@@ -84,10 +85,8 @@ def save_adapter(
 ) -> None:
     """Write the adapters of a run into its checkpoint, whole or not at all; nothing where there are none."""
     if has_adapter(backbone):
-        path = Path(folder) / ADAPTER_FILE
-        partial = path.with_suffix(".partial")
-        save_file(adapter_state_dict(backbone, state_dict), partial)
-        os.replace(partial, path)
+        with written_whole(Path(folder) / ADAPTER_FILE) as path:
+            save_file(adapter_state_dict(backbone, state_dict), path)
 
 
 def load_checkpoint(backbone: Any, folder: str | os.PathLike) -> None:

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from modeling_cocoa.attention import TARGET
+from modeling_cocoa.files import written_whole
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.reconstruction import ReconstructionOutput
 
@@ -163,13 +164,11 @@ def save_reconstructions(folder: Path, step: int, grid: Image.Image | None, text
     """Write `step-N.png` and `step-N.txt` into a folder, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     if grid is not None:
-        partial = folder / f"step-{step}.partial"
-        grid.save(partial, format="PNG")
-        os.replace(partial, folder / f"step-{step}.png")
+        with written_whole(folder / f"step-{step}.png") as path:
+            grid.save(path)
     if texts:
-        partial = folder / f"step-{step}.partial"
-        partial.write_text(texts, encoding="utf-8")
-        os.replace(partial, folder / f"step-{step}.txt")
+        with written_whole(folder / f"step-{step}.txt") as path:
+            path.write_text(texts, encoding="utf-8")
 
 
 def last_picture(folder: Path) -> Path | None:
@@ -183,6 +182,5 @@ def add_to_card(folder: str | os.PathLike, picture: Path) -> None:
     card = Path(folder) / "README.md"
     text = card.read_text(encoding="utf-8")
     if CARD_SECTION not in text:
-        partial = card.with_suffix(".partial")
-        partial.write_text(text.rstrip("\n") + "\n" + CARD_SECTION, encoding="utf-8")
-        os.replace(partial, card)
+        with written_whole(card) as path:
+            path.write_text(text.rstrip("\n") + "\n" + CARD_SECTION, encoding="utf-8")
