@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all trainers refuse: checkpoints without a model in them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from torch.distributed.fsdp import StateDictType
+
+from trainers import CocoaReconstructionConfig, CocoaReconstructionTrainer
+
+
+@pytest.fixture
+def trainer(tmp_path, model, processor, emoji):
+    args = CocoaReconstructionConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", check_data=False, disable_tqdm=True
+    )
+    return CocoaReconstructionTrainer(model, args, train_dataset=emoji, processing_class=processor)
+
+
+def test_weights_saved_in_parts_are_refused(trainer, monkeypatch):
+    trainer.is_fsdp_enabled = True
+    for kind in (StateDictType.FULL_STATE_DICT, StateDictType.SHARDED_STATE_DICT):
+        state = SimpleNamespace(fsdp_plugin=SimpleNamespace(state_dict_type=kind))
+        monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=state))
+        if kind == StateDictType.FULL_STATE_DICT:
+            trainer.check_sharding()
+            continue
+        with pytest.raises(ValueError, match="must be FULL_STATE_DICT, not SHARDED_STATE_DICT.*fsdp2.yaml"):
+            trainer.check_sharding()
+
+
+def test_a_model_that_was_not_put_together_is_not_saved(trainer, tmp_path):
+    """transformers only warns, and would leave a checkpoint without weights."""
+    trainer.save_model(str(tmp_path / "whole"))
+    with pytest.raises(ValueError, match="stage3_gather_16bit_weights_on_model_save"):
+        trainer._save(str(tmp_path / "parts"), state_dict={})
+    assert (tmp_path / "whole" / "modules.json").exists() and not (tmp_path / "parts").exists()
