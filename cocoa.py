@@ -76,17 +76,14 @@ def train(
     """
     from accelerate import PartialState
 
-    from evaluation.assets import asset_path
+    from evaluation.assets import find_file
     from trainers.recipe import Recipe, find_recipe, run_recipe
-
-    def data_file(name: str) -> Path:
-        return Path(name) if Path(name).exists() else asset_path(name)
 
     try:
         settings = Recipe.load(find_recipe(recipe))
         if output_dir is not None:
             settings.output_dir = str(output_dir)
-        model = run_recipe(settings, data_file)
+        model = run_recipe(settings, find_file)
         if not PartialState().is_main_process:
             return  # of several that trained together, one goes on
         if settings.evaluate == "emoji":

@@ -123,15 +123,12 @@ def run_arm(recipe: Any, arm: Arm, task: str, split: str) -> dict[str, Any]:
     Returns:
         `dict`: `ranks` (see the task's `rank_answers`), and `seconds` of each stage that ran without interruption.
     """
-    from evaluation.assets import asset_path
+    from evaluation.assets import find_file
     from modeling_cocoa import CocoaTransformer
     from trainers.checkpoints import last_checkpoint
     from trainers.recipe import run_recipe
 
     whole: dict[str, Any] = {}
-
-    def data_file(name: str) -> Path:
-        return Path(name) if Path(name).exists() else asset_path(name)
 
     def prepare(stage: str, trainer: Any) -> None:
         if arm.causal:
@@ -139,7 +136,7 @@ def run_arm(recipe: Any, arm: Arm, task: str, split: str) -> dict[str, Any]:
         if last_checkpoint(trainer.args.output_dir) is None:
             whole[stage] = trainer
 
-    module = CocoaTransformer(run_recipe(recipe, data_file, prepare)).eval()
+    module = CocoaTransformer(run_recipe(recipe, find_file, prepare)).eval()
     if arm.causal:
         make_causal(module.model)
     seconds = {

@@ -10,24 +10,15 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaForCausalLM,
-    Qwen2VLConfig,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from modeling_cocoa import CocoaProcessor
-from modeling_cocoa.configuration_cocoa import CocoaConfig
-from modeling_cocoa.modeling_cocoa_qwen2_vl import CocoaQwen2VLModel
-from trainers.tiny_processor import SPECIAL_TOKENS
+from modeling_cocoa.modeling_cocoa import CocoaModelMixin
+from trainers.from_scratch import build_model
+from trainers.tiny_processor import SPECIAL_TOKENS, processor_around
 
 PIXELS = 28 * 28
 
@@ -59,19 +50,10 @@ def as_processor(tokenizer: Any, max_length: int) -> CocoaProcessor:
         [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()], special_tokens=True
     )
     tokenizer.pad_token = "<|endoftext|>"
-    sizes = {"size": {"shortest_edge": PIXELS, "longest_edge": PIXELS}, "patch_size": 14}
-    stock = Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**sizes),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**sizes),
-    )
-    with TemporaryDirectory() as folder:
-        # Saved and loaded, for transformers picks another image processor class on loading than the one named above.
-        CocoaProcessor(stock, max_length=max_length).save_pretrained(folder)
-        return CocoaProcessor.from_pretrained(folder)
+    return processor_around(tokenizer, patch_size=14, min_pixels=PIXELS, max_pixels=PIXELS, max_length=max_length)
 
 
-def as_backbone(llama: LlamaForCausalLM, processor: CocoaProcessor, layers: int) -> CocoaQwen2VLModel:
+def as_backbone(llama: LlamaForCausalLM, processor: CocoaProcessor, layers: int) -> CocoaModelMixin:
     """
     A CoCoA backbone whose text tower has the first layers of a Llama, its embeddings and its final norm.
 
@@ -83,8 +65,8 @@ def as_backbone(llama: LlamaForCausalLM, processor: CocoaProcessor, layers: int)
         layers (`int`): How many.
     """
     source = llama.config
-    side = source.head_dim // 2 * 3 // 8
-    config = Qwen2VLConfig(
+    backbone = build_model(
+        processor,
         text_config={
             "hidden_size": source.hidden_size,
             "intermediate_size": source.intermediate_size,
@@ -92,26 +74,11 @@ def as_backbone(llama: LlamaForCausalLM, processor: CocoaProcessor, layers: int)
             "num_attention_heads": source.num_attention_heads,
             "num_key_value_heads": source.num_key_value_heads,
             "rms_norm_eps": source.rms_norm_eps,
-            "vocab_size": len(processor.tokenizer),
             "max_position_embeddings": source.max_position_embeddings,
-            "bos_token_id": None,
-            "eos_token_id": processor.eos_token_id,
-            "pad_token_id": processor.pad_token_id,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": source.rope_parameters["rope_theta"],
-                "mrope_section": [source.head_dim // 2 - 2 * side, side, side],
-            },
+            "rope_parameters": {"rope_theta": source.rope_parameters["rope_theta"]},
         },
-        vision_config={"depth": 1, "embed_dim": 32, "num_heads": 1, "mlp_ratio": 1, "hidden_size": source.hidden_size},
-        image_token_id=processor.image_token_id,
-        video_token_id=processor.video_token_id,
-        vision_start_token_id=processor.tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=processor.tokenizer.convert_tokens_to_ids("<|vision_end|>"),
-        tie_word_embeddings=True,
+        vision_config={"depth": 1, "embed_dim": 32, "num_heads": 1, "mlp_ratio": 1},
     )
-    config.cocoa = CocoaConfig(eos_token_id=processor.eos_token_id, mask_token_id=processor.mask_token_id).to_dict()
-    backbone = CocoaQwen2VLModel(config)
     own, weights = backbone.language_model.state_dict(), llama.model.state_dict()
     copied = {name: weights[name] if name in weights else torch.zeros_like(value) for name, value in own.items()}
     if wrong := [name for name in own if name not in weights and not name.endswith("_proj.bias")]:

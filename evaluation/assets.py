@@ -27,3 +27,16 @@ def asset_path(name: str) -> Path:
             f"{name} is not in {root}; install cocoa-embed again, or run from a complete checkout of the project."
         )
     return path
+
+
+def find_file(name: str) -> Path:
+    """
+    The path of a file that a recipe names: as it stands, or one that comes with this project.
+
+    Args:
+        name (`str`): A path, or relative to the root of the project.
+
+    Raises:
+        FileNotFoundError: there is neither; says where it was looked for.
+    """
+    return Path(name) if Path(name).exists() else asset_path(name)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .modeling_cocoa import CocoaModelMixin, read_model_type
+from .checkpoint_files import read_model_type
+from .modeling_cocoa import CocoaModelMixin
 from .modeling_cocoa_qwen2_5_vl import CocoaQwen2_5_VLModel
 from .modeling_cocoa_qwen2_vl import CocoaQwen2VLModel
 

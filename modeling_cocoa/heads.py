@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .modeling_cocoa import hub_arguments
+from .checkpoint_files import hub_arguments
 from .packing import Packing
 
 

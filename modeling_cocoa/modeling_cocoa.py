@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,6 +17,7 @@ from transformers import PretrainedConfig
 from transformers.utils import ModelOutput
 
 from .attention import FLEX_ATTENTION
+from .checkpoint_files import KEY_MAPPING, read_model_type
 from .configuration_cocoa import CocoaConfig
 from .layers import CONVOLUTION_ROWS, keep_freed_memory, merged_rotary
 from .packing import Packing, pack
@@ -25,23 +25,12 @@ from .pooling import EosPooler
 
 MINIMUM_TRANSFORMERS = (5, 2)
 
-KEY_MAPPING = {
-    r"^(?:model\.)?visual\.": "visual.",
-    r"^(?:model\.)?(?:language_model\.)?(?:model\.)?embed_tokens\.": "language_model.embed_tokens.",
-    r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.": "language_model.layers.",
-    r"^(?:model\.)?(?:language_model\.)?(?:model\.)?norm\.": "language_model.norm.",
-}
-"""From every layout that Qwen2-VL weights are published in to the base model's own names."""
-
 CPU_VISION_PATCHES = 2048
 """Patches that pass the vision tower at once on a CPU, whose caches more would overflow: 14 % slower at 4096."""
 
 CPU_ROWS = 32
 """On a CPU without gradient, rows come in multiples of this, filled up with rows that nobody reads: oneDNN keeps a
 kernel for each number of rows, and memory would grow with their variety."""
-
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-"""Arguments of `from_pretrained` that say where the files are."""
 
 
 def check_transformers_version(version: str = transformers.__version__) -> None:
@@ -429,28 +418,6 @@ def split_by_patches(grid_thw: Tensor, limit: int) -> list[Tensor]:
         counts[-1] += 1
         patches += size
     return list(grid_thw.split(counts))
-
-
-def read_model_type(name_or_path: str | os.PathLike, **kwargs: Any) -> str | None:
-    """
-    The `model_type` of a checkpoint's configuration.
-
-    Args:
-        name_or_path: Folder or Hub name.
-        kwargs: Those of [`HUB_ARGUMENTS`] that are among them say where the files are.
-
-    Raises:
-        FileNotFoundError: an absolute path, or one that begins with a dot or a tilde, is no folder.
-    """
-    path = os.fspath(name_or_path)
-    if (os.path.isabs(path) or path.startswith((".", "~"))) and not os.path.isdir(path):
-        raise FileNotFoundError(f"There is no checkpoint folder {path}.")
-    return PretrainedConfig.get_config_dict(path, **hub_arguments(kwargs))[0].get("model_type")
-
-
-def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of `from_pretrained` that say where the files are."""
-    return {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
 
 
 def stock_class(cls: type) -> type:

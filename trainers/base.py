@@ -147,15 +147,16 @@ class CocoaTrainerMixin:
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict == {} and self.args.should_save:
+        if not self.args.should_save:  # transformers calls this in every process
+            return
+        if state_dict == {}:
             # What transformers passes where DeepSpeed cannot put the weights together.
             raise ValueError(
                 "A checkpoint holds the whole model: set stage3_gather_16bit_weights_on_model_save (zero3_save_16bit_"
                 "model in accelerate's file), as in trainers/accelerate_configs/deepspeed_zero3.yaml."
             )
-        if self.args.should_save:  # transformers calls this in every process
-            with whole_weights(self.args):
-                self.write_model(output_dir if output_dir is not None else self.args.output_dir, state_dict)
+        with whole_weights(self.args):
+            self.write_model(output_dir if output_dir is not None else self.args.output_dir, state_dict)
 
     def _load_best_model(self) -> None:
         # sentence-transformers only logs a failure here, and the last weights would pass for the best.

@@ -150,8 +150,10 @@ class ReconstructionCollator:
         Raises:
             CocoaInputError: the row has neither image nor text, or one that cannot be read, or nothing to mask.
         """
+        return self._example(parts_of(row), row)
+
+    def _example(self, parts: list[Part], row: Mapping[str, Any]) -> Example:
         generator = np.random.default_rng(row["seed"])
-        parts = parts_of(row)
         if self.stage == "warmup":
             source = self._segment(
                 parts, generator, text_ratio=self.text_mask_ratio, image_ratio=self.image_mask_ratio
@@ -175,10 +177,11 @@ class ReconstructionCollator:
         Raises:
             CocoaInputError: it cannot be trained on.
         """
-        for part in parts_of(row):
+        parts = parts_of(row)
+        for part in parts:
             if part["type"] == "image":
-                load_image(opened(part["image"]))
-        self.example(row)
+                part["image"] = load_image(opened(part["image"]))
+        self._example(parts, row)
 
     def count_tokens(self, image: int, text: int, seed: Any) -> int:
         """

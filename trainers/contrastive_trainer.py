@@ -139,7 +139,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         check_columns("train_dataset", train_dataset)
         check_columns("eval_dataset", eval_dataset)
         train_dataset, eval_dataset = (
-            checked(dataset, collator, name, args)
+            readable_rows(dataset, collator, name, args)
             for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset))
         )
         super().__init__(
@@ -192,7 +192,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         load_checkpoint(self.model[0].model, checkpoint_path)
 
 
-def checked(
+def readable_rows(
     dataset: Dataset | dict[str, Dataset] | None,
     collator: ContrastiveCollator,
     name: str,
@@ -207,7 +207,7 @@ def checked(
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        parts = {key: checked(part, collator, f"{name} ({key})", args) for key, part in dataset.items()}
+        parts = {key: readable_rows(part, collator, f"{name} ({key})", args) for key, part in dataset.items()}
         return type(dataset)(parts)
     dataset = dataset.cast(undecoded(dataset.features))
     if not args.check_data:

@@ -63,10 +63,10 @@ def mix_datasets(
 
 def with_image_columns(part: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """The same rows, paths of images being images: only then do they mix with those of other datasets."""
-    for name, kind in (("image", Image()), ("images", Sequence(Image()))):
-        found = (part.features or {}).get(name)
-        if found == Value("string") or found == Sequence(Value("string")):
-            part = part.cast_column(name, kind)
+    path = Value("string")
+    for name, paths, images in (("image", path, Image()), ("images", Sequence(path), Sequence(Image()))):
+        if (part.features or {}).get(name) == paths:
+            part = part.cast_column(name, images)
     return part
 
 

@@ -34,8 +34,8 @@ def build_model(
 
     Args:
         processor ([`CocoaProcessor`]): Gives the vocabulary and the special tokens.
-        text_config, vision_config (`dict`): Of the stock configuration; vocabulary, special tokens, patch sizes and
-            the width in which the vision tower hands over are filled in.
+        text_config, vision_config (`dict`): Of the stock configuration; vocabulary, special tokens, patch sizes,
+            rotary sections and the width in which the vision tower hands over are filled in.
         model_type (`"qwen2_vl"` or `"qwen2_5_vl"`).
         image_decoder_layers (`int`, defaults to 1).
         seed (`int`, defaults to 0): Of the weights.
@@ -51,18 +51,19 @@ def build_model(
     # Qwen2-VL's sections give time a quarter of the rotary pairs, height and width three eighths each.
     pairs = hidden_size // text_config["num_attention_heads"] // 2
     side = pairs * 3 // 8
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "mrope_section": [pairs - 2 * side, side, side],
+    }
     text = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": 4096,
         "bos_token_id": None,
         "eos_token_id": processor.eos_token_id,
         "pad_token_id": processor.pad_token_id,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10_000.0,
-            "mrope_section": [pairs - 2 * side, side, side],
-        },
         **text_config,
+        "rope_parameters": {**rope, **text_config.get("rope_parameters", {})},
     }
     output_width = "hidden_size" if model_type == "qwen2_vl" else "out_hidden_size"
     vision = {

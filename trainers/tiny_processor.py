@@ -11,7 +11,13 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+from transformers import (
+    PreTrainedTokenizerBase,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
 
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 
@@ -82,6 +88,26 @@ def build_tiny_processor(
             for offset, token in enumerate(SPECIAL_TOKENS)
         },
     )
+    return processor_around(
+        tokenizer, patch_size=patch_size, min_pixels=min_pixels, max_pixels=max_pixels, max_length=max_length
+    )
+
+
+def processor_around(
+    tokenizer: PreTrainedTokenizerBase, *, patch_size: int, min_pixels: int, max_pixels: int, max_length: int
+) -> CocoaProcessor:
+    """
+    Qwen2-VL's pipeline around a tokenizer that has its special tokens.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Changed in place.
+        patch_size (`int`): Pixels of a patch's side.
+        min_pixels, max_pixels (`int`): Pixels to which an image is scaled up or down.
+        max_length (`int`): Tokens of an input, the EOS among them.
+
+    Raises:
+        ValueError: the tokenizer lacks a special token, or a size is out of range.
+    """
     sizes = {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}, "patch_size": patch_size}
     processor = Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(**sizes),

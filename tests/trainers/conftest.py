@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,8 @@ from modeling_cocoa.processing_cocoa import CocoaProcessor
 from trainers.from_scratch import build_model
 from trainers.tiny_processor import build_tiny_processor
 
-EMOJI = Path(__file__).parents[2] / "data" / "emoji.parquet"
+ROOT = Path(__file__).parents[2]
+EMOJI = ROOT / "data" / "emoji.parquet"
 TEXT_CONFIG = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -21,6 +26,29 @@ TEXT_CONFIG = {
     "num_key_value_heads": 2,
 }
 VISION_CONFIG = {"depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2}
+
+
+def run_python(*command: object, processes: int = 1, launcher: Sequence[str] = (), **environment: str) -> str:
+    """
+    Run Python with a command line, on one thread, and have it end well.
+
+    Args:
+        command: Arguments of Python.
+        processes (`int`, defaults to 1): So many at once, that train together.
+        launcher (`Sequence[str]`, *optional*): What starts them instead of `torch.distributed.run`.
+        environment: Variables to set.
+
+    Returns:
+        `str`: What they printed.
+    """
+    if processes > 1 and not launcher:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    settings = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    arguments = [sys.executable, *launcher, *map(str, command)]
+    result = subprocess.run(arguments, env=settings, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-12000:]
+    return result.stdout
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from modeling_cocoa.saving import save_cocoa
-
-ROOT = Path(__file__).parents[2]
+from tests.trainers.conftest import run_python
 
 SCRIPT = """
 import json, os, sys
@@ -62,13 +57,7 @@ def start(tmp_path, model, processor, emoji):
 def train(kind, start, folder, processes, batch_size):
     script = folder.parent / "train.py"
     script.write_text(SCRIPT)
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launcher, str(script), kind, str(start), str(folder), str(batch_size)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-8000:]
+    run_python(script, kind, start, folder, batch_size, processes=processes)
     logs = json.loads((folder / "log.json").read_text())
     return load_file(folder / "final" / "model.safetensors"), [entry for entry in logs if "loss" in entry]
 
@@ -132,13 +121,7 @@ def gradients_of(start, folder, processes, **options):
     folder.mkdir()
     script = folder / "train.py"
     script.write_text(GRADIENTS)
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *launcher, str(script), str(start), str(folder), json.dumps(options)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-8000:]
+    run_python(script, start, folder, json.dumps(options), processes=processes)
     return load_file(folder / "gradients.safetensors"), json.loads((folder / "loss.json").read_text())
 
 

@@ -6,9 +6,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,11 +17,10 @@ from typer.testing import CliRunner
 
 import cocoa
 from modeling_cocoa.saving import save_cocoa
-from tests.trainers.conftest import TEXT_CONFIG, VISION_CONFIG
+from tests.trainers.conftest import ROOT, TEXT_CONFIG, VISION_CONFIG, run_python
 from trainers.from_scratch import build_model
 from trainers.recipe import Recipe, find_recipe, run_recipe
 
-ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "trainers" / "recipes").glob("*.yaml"))
 
 
@@ -164,12 +160,8 @@ def test_two_processes_run_a_recipe_together(tmp_path, model, processor, emoji):
         "stages": {stage: options for stage in ("warmup", "bridge", "contrastive")},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launcher, "-m", "cocoa", "train", str(tmp_path / "recipe.yaml")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-8000:]
-    assert result.stdout.count("The trained model is in") == 1, "said once"
+    printed = run_python("-m", "cocoa", "train", tmp_path / "recipe.yaml", processes=2)
+    assert printed.count("The trained model is in") == 1, "said once"
     weights = [load_file(folder / "model.safetensors") for folder in sorted((tmp_path / "run").glob("*/final"))]
     assert len(weights) == 3
 

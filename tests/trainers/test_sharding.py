@@ -7,10 +7,6 @@ what one process does.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +17,9 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from modeling_cocoa.saving import save_cocoa
+from tests.trainers.conftest import ROOT, run_python
 from trainers.adapters import ADAPTER_FILE
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "trainers" / "accelerate_configs"
 
 SCRIPT = """
@@ -111,12 +107,7 @@ def train(kind, start, folder, batch_size, steps=2, sharded=None):
         on_cpu = {"num_processes": 2, "mixed_precision": "no", "use_cpu": sharded == "fsdp2"}
         config.write_text(yaml.safe_dump({**shipped, **on_cpu}))
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command = [sys.executable, *launcher, str(script), kind, str(start), str(folder), str(batch_size), str(steps)]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["DS_ACCELERATOR"] = "cpu"
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-12000:]
+    run_python(script, kind, start, folder, batch_size, steps, launcher=launcher, DS_ACCELERATOR="cpu")
     found, logs = json.loads((folder / "log.json").read_text())
     assert found == sharded
     return load_file(folder / "final" / "model.safetensors"), logs
