@@ -107,6 +107,9 @@ class CocoaTransformer(InputModule):
             options = {**sizes, **(processor_kwargs or {})}
             processor = CocoaProcessor.from_pretrained(model_name_or_path, **options)
         self.processor = processor
+        self.touch_all = False
+        """Let the vision tower take part in batches without images too, with a gradient of zero: processes that train
+        together must, or those that have images wait for the others. Trainers set it."""
 
     @property
     def modalities(self) -> list[Any]:
@@ -174,14 +177,23 @@ class CocoaTransformer(InputModule):
         """
         Add `sentence_embedding` to the features: unit vectors `(batch, hidden)`; `token_embeddings`
         `(batch, tokens, hidden)` are computed at the first `features["token_embeddings"]`.
+
+        What is not on the model's device yet is brought there, so that pixels may wait on the CPU for their turn.
         """
-        inputs: dict[str, Tensor] = {name: features[name] for name in MODEL_INPUTS if name in features}
+        device = self.model.device
+        inputs: dict[str, Tensor] = {
+            name: features[name].to(device, non_blocking=True) for name in MODEL_INPUTS if name in features
+        }
         if "second_per_grid_ts" in inputs:
             seconds, videos = inputs.pop("second_per_grid_ts"), features["num_videos_per_sample"]
             if "video_grid_thw" in inputs:
                 columns = torch.arange(seconds.shape[1], device=seconds.device)
-                inputs["second_per_grid_ts"] = seconds[columns < videos[:, None]]
-        features["sentence_embedding"] = self.model(**inputs, eos_only=True).pooler_output
+                inputs["second_per_grid_ts"] = seconds[columns < videos.to(device)[:, None]]
+        touched = None
+        if self.touch_all and "pixel_values" not in inputs and "pixel_values_videos" not in inputs:
+            touched = self.model.touch_vision()
+        embeddings = self.model(**inputs, eos_only=True).pooler_output
+        features["sentence_embedding"] = embeddings if touched is None else embeddings + 0 * touched.to(embeddings)
         return Features(features, lambda: self.model(**inputs).last_hidden_state)
 
     def encode(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -132,16 +132,20 @@ class CocoaTrainerMixin:
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def check_loss(self, loss: Tensor, rows: list[Any]) -> None:
+    def check_loss(self, loss: Tensor, rows: Callable[[], list[Any]]) -> None:
         """
         Stop before a step with a loss that is no number, which would spoil the weights.
+
+        Args:
+            loss (`Tensor`).
+            rows (`Callable`): Says what the batch's rows are called.
 
         Raises:
             FloatingPointError: names the step and the rows.
         """
         if not bool(torch.isfinite(loss).all()):
             raise FloatingPointError(
-                f"The loss is {loss.tolist()} at step {self.state.global_step + 1}, of the rows {rows}; no step was "
+                f"The loss is {loss.tolist()} at step {self.state.global_step + 1}, of the rows {rows()}; no step was "
                 f"made with it. The last checkpoint is whole: {last_checkpoint(self.args.output_dir)}. Look at these "
                 "rows, or lower the learning rate, and train with resume_from_checkpoint=True."
             )

@@ -6,8 +6,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sentence_transformers import SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
 
-from .base import SharedOptions
+from .base import SharedOptions, check_choices
 
 
 @dataclass
@@ -32,9 +33,22 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
 
     temperature: float = field(default=0.03, metadata={"help": "Cosines are divided by this before the softmax."})
+    learnable_temperature: bool = field(
+        default=False, metadata={"help": "Learn the temperature with the model, from `temperature` on."}
+    )
     symmetric: bool = field(
         default=False, metadata={"help": "Also ask each positive for its query (both directions, averaged)."}
     )
+    matryoshka_dims: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Train these first numbers of the vectors to serve alone (Matryoshka); the whole length too."
+        },
+    )
+    matryoshka_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of the loss at each of `matryoshka_dims`; 1 by default."}
+    )
+
     mini_batch_size: int | None = field(
         default=None,
         metadata={
@@ -42,13 +56,93 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
             "default all at once."
         },
     )
+    mini_batch_num_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "The same by tokens: as many inputs at a time as have no more together, one at least. Images of "
+            "any size then need the same memory."
+        },
+    )
     gather_across_devices: bool = field(
         default=False, metadata={"help": "Negatives from all devices, not only from a pair's own."}
+    )
+
+    num_hard_negatives: int | None = field(
+        default=None, metadata={"help": "Use this many of the columns `negative_1`, ...; all of them by default."}
+    )
+    no_duplicates: bool = field(
+        default=False,
+        metadata={"help": "No value twice among the rows of a step: it would be a false negative."},
+    )
+    false_negative_margin: float | None = field(
+        default=None,
+        metadata={
+            "help": "Drop negatives that are as close to the query as its positive, less this margin in cosine. "
+            "Negative values drop only what is closer by so much. One more forward pass a step."
+        },
+    )
+
+    task_homogeneous: bool = field(
+        default=True,
+        metadata={"help": "All devices' rows of a step come from one dataset; otherwise each device's from its own."},
+    )
+    sampling_alpha: float = field(
+        default=1.0,
+        metadata={
+            "help": "Datasets are drawn in proportion to their size to this power: 1 uses every row once, 0 all alike."
+        },
+    )
+    query_prompt: str | dict[str, str] | None = field(
+        default=None, metadata={"help": "Instruction before queries (a system message): one, or by dataset."}
+    )
+    target_prompt: str | dict[str, str] | None = field(
+        default=None, metadata={"help": "Instruction before positives and negatives: one, or by dataset."}
+    )
+    image_resolution: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stretch every image to a square as VLM2Vec does: 'high' (1344), 'mid' (672), 'low' (128). By "
+            "default images keep their shape, between `min_pixels` and `max_pixels`.",
+            "choices": ["high", "mid", "low"],
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations without a better `metric_for_best_model`."},
     )
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0; got {self.temperature}.")
-        if self.mini_batch_size is not None and self.mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size must be 1 or more; got {self.mini_batch_size}.")
+        for name in ("mini_batch_size", "mini_batch_num_tokens", "early_stopping_patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}.")
+        if self.num_hard_negatives is not None and self.num_hard_negatives < 0:
+            raise ValueError(f"num_hard_negatives must be 0 or more; got {self.num_hard_negatives}.")
+        if self.mini_batch_size is not None and self.mini_batch_num_tokens is not None:
+            raise ValueError("mini_batch_size and mini_batch_num_tokens say the same; give one of them.")
+        if self.image_resolution is not None:
+            check_choices(self, "image_resolution")
+        self._check_matryoshka()
+        if self.false_negative_margin is not None and self.symmetric:
+            raise ValueError("false_negative_margin is of one direction only; it cannot go with symmetric=True.")
+        if self.sampling_alpha < 0:
+            raise ValueError(f"sampling_alpha must be 0 or more; got {self.sampling_alpha}.")
+        if (self.query_prompt is not None or self.target_prompt is not None) and self.prompts:
+            raise ValueError("prompts and query_prompt or target_prompt say the same; give one of them.")
+        if self.no_duplicates:
+            self.batch_sampler = BatchSamplers.NO_DUPLICATES_HASHED
         super().__post_init__()
+        if self.multi_dataset_batch_sampler != MultiDatasetBatchSamplers.PROPORTIONAL:
+            raise ValueError("Datasets are drawn as sampling_alpha says; leave multi_dataset_batch_sampler as it is.")
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError("early_stopping_patience needs load_best_model_at_end=True, and evaluations.")
+
+    def _check_matryoshka(self) -> None:
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if dims is not None and (not dims or any(dim < 1 for dim in dims) or len(set(dims)) < len(dims)):
+            raise ValueError(f"matryoshka_dims must be different numbers of 1 or more; got {dims}.")
+        if weights is not None and (dims is None or len(weights) != len(dims)):
+            raise ValueError(f"matryoshka_weights needs a number for each of matryoshka_dims ({dims}); got {weights}.")
+        if weights is not None and self.learnable_temperature:
+            raise ValueError("learnable_temperature cannot go with matryoshka_weights; leave the weights at 1.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,9 @@ from datasets import Dataset, DatasetDict
 from peft import PeftConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-from sentence_transformers.sentence_transformer.losses import (
-    CachedMultipleNegativesRankingLoss,
-    MultipleNegativesRankingLoss,
-)
 from torch import Tensor, nn
-from transformers import TrainerCallback, set_seed
+from torch.utils.data import ConcatDataset, DataLoader
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
@@ -30,8 +28,15 @@ from modeling_cocoa.sentence_transformer import CocoaTransformer
 from .adapters import below, load_checkpoint, merged, prepare_parts, save_adapter
 from .base import CocoaTrainerMixin, whole_weights
 from .contrastive_config import CocoaContrastiveConfig
+from .contrastive_losses import LearnedTemperatureLoss, contrastive_loss
 from .datasets import check_rows
+from .global_batches import GlobalBatchSampler, TaskBatchSampler
 from .rows import opened, undecoded
+
+PIXELS = ("pixel_values", "pixel_values_videos")
+"""Endings of the columns of a batch that stay on the CPU until the model reads them."""
+IMAGE_RESOLUTIONS = {"high": 1344, "mid": 672, "low": 128}
+"""Sides of VLM2Vec's squares, in pixels."""
 
 
 @dataclass
@@ -41,12 +46,14 @@ class ContrastiveCollator(SentenceTransformerDataCollator):
 
     Args:
         on_bad_sample (`"raise"` or `"skip"`): What to do with a row that cannot be read.
+        image_side (`int`, *optional*): Images are stretched to squares of this side, in pixels.
 
     Raises:
         ValueError: a row cannot be read, or with `"skip"` no row of the batch can.
     """
 
     on_bad_sample: str = "raise"
+    image_side: int | None = None
     skipped: int = 0
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -70,7 +77,8 @@ class ContrastiveCollator(SentenceTransformerDataCollator):
         Raises:
             CocoaInputError: one is.
         """
-        rows = [{name: opened(value) for name, value in row.items()} for row in features]
+        size = None if self.image_side is None else (self.image_side, self.image_side)
+        rows = [{name: opened(value, size) for name, value in row.items()} for row in features]
         return super().__call__(rows)
 
     def _can_read(self, row: dict[str, Any]) -> bool:
@@ -133,15 +141,28 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
                 f"The model's modules are {[type(module).__name__ for module in model]}, not CocoaTransformer alone: "
                 "give the folder or name, and it is loaded as one."
             )
-        backbone = model[0].model
-        prepare_parts(backbone, args.freeze_parts, peft_config)
-        collator = ContrastiveCollator(model.preprocess, prompts=args.prompts, on_bad_sample=args.on_bad_sample)
+        model[0].touch_all = args.world_size > 1
+        prepare_parts(model[0].model, args.freeze_parts, peft_config)
         check_columns("train_dataset", train_dataset)
         check_columns("eval_dataset", eval_dataset)
+        train_dataset, eval_dataset = (
+            with_negatives(dataset, args.num_hard_negatives, name)
+            for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
+        )
+        check_gathering(train_dataset, args)
+        args.prompts = column_prompts(args, train_dataset)
+        collator = ContrastiveCollator(
+            model.preprocess,
+            prompts=args.prompts,
+            on_bad_sample=args.on_bad_sample,
+            image_side=IMAGE_RESOLUTIONS.get(args.image_resolution),
+        )
         train_dataset, eval_dataset = (
             readable_rows(dataset, collator, name, args)
             for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset))
         )
+        if args.early_stopping_patience is not None:
+            callbacks = [*(callbacks or []), EarlyStoppingCallback(args.early_stopping_patience)]
         super().__init__(
             model=model,
             args=args,
@@ -159,11 +180,91 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: the card is written by `save_cocoa`, and the callback would read the datasets to no purpose."""
 
+    def get_batch_sampler(self, dataset: Dataset, batch_size: int, *args: Any, **options: Any) -> GlobalBatchSampler:
+        """The rows of one dataset, in steps of all processes; see [`GlobalBatchSampler`]."""
+        options["generator"] = torch.Generator()  # its own, whatever else is drawn between two of its batches
+        sampler = super().get_batch_sampler(dataset, batch_size * self.args.world_size, *args, **options)
+        return GlobalBatchSampler(sampler, len(dataset), self.args.world_size)
+
+    def get_multi_dataset_batch_sampler(
+        self,
+        dataset: ConcatDataset,
+        batch_samplers: list[GlobalBatchSampler],
+        generator: torch.Generator | None = None,
+        seed: int | None = 0,
+    ) -> TaskBatchSampler:
+        """Steps of several datasets; see [`TaskBatchSampler`]."""
+        return TaskBatchSampler(
+            dataset, batch_samplers, self.args.sampling_alpha, self.args.task_homogeneous, seed or 0
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The batches, which accelerate leaves on the CPU; see [`~CocoaContrastiveTrainer._prepare_inputs`]."""
+        with self.left_on_cpu():
+            return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The batches, which accelerate leaves on the CPU."""
+        with self.left_on_cpu():
+            return super().get_eval_dataloader(eval_dataset)
+
+    @contextmanager
+    def left_on_cpu(self) -> Iterator[None]:
+        """Within it, data loaders are prepared that do not move batches to the device."""
+        placement = self.accelerator.device_placement
+        self.accelerator.device_placement = False
+        try:
+            yield
+        finally:
+            self.accelerator.device_placement = placement
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # The pixels of a large batch would fill the device; the model fetches a mini-batch's when it reads them.
+        pixels = {name: value for name, value in inputs.items() if name.endswith(PIXELS)}
+        rest = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in pixels})
+        return {name: pixels.get(name, rest.get(name)) for name in inputs}
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        The loss of a batch; see [`~sentence_transformers.SentenceTransformerTrainer.compute_loss`].
+
+        Raises:
+            FloatingPointError: it is no number; names the step and the queries.
+        """
+        queries = inputs["query_input_ids"]
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        if self.model.training:
+            loss = result[0] if isinstance(result, tuple) else result
+            self.check_loss(loss, lambda: self.model.tokenizer.batch_decode(queries, skip_special_tokens=True))
+        return result
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Those that weight decay pulls towards zero: not the temperature."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_scale")]
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the number of rows left out to a training log."""
+        """Add the number of rows left out, and a learned temperature, to a training log."""
         if "loss" in logs and self.data_collator.on_bad_sample == "skip":
             logs["skipped_rows"] = self.data_collator.skipped
+        if "loss" in logs and isinstance(self.loss, LearnedTemperatureLoss):
+            logs["temperature"] = self.loss.temperature.item()
         super().log(logs, *args, **kwargs)
+
+    def check_sharding(self) -> None:
+        """
+        Raise `ValueError` where processes that share the weights out would wait for one another for ever, or lose a
+        weight.
+        """
+        super().check_sharding()
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return
+        if self.args.mini_batch_num_tokens is not None:
+            raise ValueError(
+                "mini_batch_num_tokens gives each process mini-batches of its own number, and those that share the "
+                "weights out wait for one another in each: use mini_batch_size."
+            )
+        if self.args.learnable_temperature:
+            raise ValueError("A learned temperature is not among the weights that FSDP and DeepSpeed share out.")
 
     def write_model(self, folder: str, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """
@@ -187,9 +288,13 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             )
         save_cocoa(model, None, folder)
         save_adapter(module.model, folder, state_dict)
+        if isinstance(self.loss, LearnedTemperatureLoss):
+            self.loss.save(folder)
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
         load_checkpoint(self.model[0].model, checkpoint_path)
+        if isinstance(self.loss, LearnedTemperatureLoss):
+            self.loss.load(checkpoint_path)
 
 
 def readable_rows(
@@ -216,16 +321,6 @@ def readable_rows(
     return dataset if len(good) == len(dataset) else dataset.select(good)
 
 
-def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -> nn.Module:
-    """InfoNCE as sentence-transformers has it, cached (GradCache) where `mini_batch_size` is set."""
-    options: dict[str, Any] = {"scale": 1 / args.temperature, "gather_across_devices": args.gather_across_devices}
-    if args.symmetric:
-        options.update(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
-    if args.mini_batch_size is None:
-        return MultipleNegativesRankingLoss(model, **options)
-    return CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch_size, **options)
-
-
 def check_columns(name: str, dataset: Dataset | dict[str, Dataset] | None) -> None:
     """Raise `ValueError` unless the columns are `query`, `positive` and `negative_1` to `negative_n`, in order."""
     if dataset is None:
@@ -244,3 +339,71 @@ def check_columns(name: str, dataset: Dataset | dict[str, Dataset] | None) -> No
         )
     if not len(dataset):
         raise ValueError(f"{name} has no rows.")
+
+
+def with_negatives(dataset: Any, wanted: int | None, name: str) -> Any:
+    """
+    A dataset, or several, with so many of its columns of negatives.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if dataset is None or wanted is None:
+        return dataset
+    if isinstance(dataset, dict):
+        return type(dataset)({key: with_negatives(part, wanted, f"{name}[{key!r}]") for key, part in dataset.items()})
+    found = len(dataset.column_names) - 2
+    if found < wanted:
+        raise ValueError(f"{name} has {found} negatives a row; num_hard_negatives is {wanted}.")
+    return dataset.select_columns(dataset.column_names[: 2 + wanted])
+
+
+def check_gathering(dataset: Any, args: CocoaContrastiveConfig) -> None:
+    """
+    Raise `ValueError` where processes could not gather their vectors, since they have different numbers of them.
+    """
+    if not args.gather_across_devices or args.world_size == 1:
+        return
+    if args.on_bad_sample == "skip" and not args.check_data:
+        raise ValueError(
+            "With gather_across_devices all processes need equally many rows: a bad one cannot be skipped during "
+            "training. Set check_data=True, and bad rows are left out before the first step."
+        )
+    if isinstance(dataset, dict) and not args.task_homogeneous:
+        if len({len(part.column_names) for part in dataset.values()}) > 1:
+            raise ValueError(
+                "With gather_across_devices and task_homogeneous=False all datasets need the same number of "
+                "negatives; set num_hard_negatives."
+            )
+        if not args.dataloader_drop_last:
+            raise ValueError(
+                "With gather_across_devices and task_homogeneous=False all batches need the same size; set "
+                "dataloader_drop_last=True."
+            )
+
+
+def column_prompts(args: CocoaContrastiveConfig, dataset: Any) -> Any:
+    """
+    `query_prompt` and `target_prompt` as sentence-transformers has prompts: by column, or by dataset and column.
+
+    Raises:
+        ValueError: a prompt is for a dataset that does not exist; lists those that do.
+    """
+    given = (args.query_prompt, args.target_prompt)
+    if given == (None, None):
+        return args.prompts
+    names = list(dataset) if isinstance(dataset, dict) else []
+    by_dataset = any(isinstance(prompt, dict) for prompt in given)
+    unknown = sorted({key for prompt in given if isinstance(prompt, dict) for key in prompt} - set(names))
+    if by_dataset and (unknown or not names):
+        raise ValueError(f"query_prompt and target_prompt name the datasets {unknown}; the datasets are {names}.")
+
+    def prompts_of(columns: list[str], name: str | None) -> dict[str, str]:
+        query, target = (prompt.get(name) if isinstance(prompt, dict) else prompt for prompt in given)
+        prompts = {column: query if column == "query" else target for column in columns}
+        return {column: prompt for column, prompt in prompts.items() if prompt is not None}
+
+    if by_dataset:
+        return {name: prompts_of(part.column_names, name) for name, part in dataset.items()}
+    parts = dataset.values() if isinstance(dataset, dict) else [dataset]
+    return prompts_of(sorted({column for part in parts for column in part.column_names}), None)

@@ -208,7 +208,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         # DDP and its kin take the mean over processes, of losses that are parts of a sum here.
         counts = None if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
         output = model(**model_arguments(inputs), loss_counts=counts, touch_all=self._is_distributed)
-        self.check_loss(output.loss, inputs["rows"])
+        self.check_loss(output.loss, lambda: inputs["rows"])
         for name, loss in output.losses.items():
             means.add(f"loss_{name}", loss.detach(), 1)
         directions = inputs["directions"]

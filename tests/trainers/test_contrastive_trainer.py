@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 from trainers.contrastive_config import CocoaContrastiveConfig
-from trainers.contrastive_trainer import CocoaContrastiveTrainer, contrastive_loss
+from trainers.contrastive_trainer import CocoaContrastiveTrainer
 
 
 @pytest.fixture(scope="module")
@@ -74,25 +74,70 @@ def mixed_rows(emoji):
     )
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("mini_batch_size", [1, 4])
-def test_gradcache_gradients_are_those_without(tmp_path, model, processor, emoji, symmetric, mini_batch_size):
+def gradients_of(model, processor, rows, folder, **options):
+    """The loss of all rows as one batch, and its gradients by name; in float64, so that a difference is an error."""
+    trainer = trainer_of(copy.deepcopy(model).double(), processor, rows, folder, **options)
+    features, labels = trainer.collect_features(trainer.data_collator([rows[index] for index in range(len(rows))]))
+    assert len(features) == len(trainer.train_dataset.column_names)
+    trainer.model.eval()
+    loss = trainer.loss(features, labels)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in trainer.loss.named_parameters() if p.grad is not None}
+
+
+def check_gradients(found, expected):
+    assert found.keys() == expected.keys() and expected
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"symmetric": True},
+        {"matryoshka_dims": [64, 32, 16], "matryoshka_weights": [1.0, 0.5, 0.25]},
+        {"matryoshka_dims": [16, 64], "symmetric": True},
+        {"learnable_temperature": True, "symmetric": True},
+        {"learnable_temperature": True, "matryoshka_dims": [64, 16]},
+        {"num_hard_negatives": 0},
+    ],
+    ids=str,
+)
+def test_gradcache_gradients_are_those_without(tmp_path, model, processor, emoji, options):
     rows = mixed_rows(emoji)
-    gradients = []
-    for size in (None, mini_batch_size):
-        trainer = trainer_of(
-            copy.deepcopy(model), processor, rows, tmp_path, symmetric=symmetric, mini_batch_size=size
-        )
-        batch = trainer.data_collator([rows[index] for index in range(6)])
-        features, labels = trainer.collect_features(batch)
-        assert len(features) == 4
-        loss = contrastive_loss(trainer.model.eval(), trainer.args)(features, labels)
-        loss.backward()
-        gradients.append({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})
-    plain, cached = gradients
-    assert plain.keys() == cached.keys() and plain
-    for name, gradient in plain.items():
-        assert (cached[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-7, name
+    if options.get("num_hard_negatives") == 0:
+        rows = rows.select_columns(["query", "positive"])
+    plain_loss, plain = gradients_of(model, processor, rows, tmp_path, **options)
+    sizes = [{"mini_batch_size": 1}, {"mini_batch_size": 4}]
+    sizes += [{"mini_batch_num_tokens": tokens} for tokens in (1, 30, 45, 10_000)]
+    for size in sizes:
+        loss, cached = gradients_of(model, processor, rows, tmp_path, **options, **size)
+        assert abs(loss - plain_loss) < 1e-4, size
+        check_gradients(cached, plain)
+    assert ("log_scale" in plain) == options.get("learnable_temperature", False)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.3, -0.2])
+def test_false_negatives_within_the_margin_are_dropped(tmp_path, model, processor, emoji, margin):
+    """Held against a plain loss; the last positive is the first one again, which is always dropped."""
+    rows = mixed_rows(emoji).to_dict()
+    rows["positive"][-1] = rows["positive"][0]
+    rows = Dataset.from_dict(rows, features=mixed_rows(emoji).features)
+    options = {"false_negative_margin": margin, "temperature": 0.1}
+    loss, found = gradients_of(model, processor, rows, tmp_path, **options, mini_batch_size=2)
+    trainer = trainer_of(model, processor, rows, tmp_path)
+    features, _ = trainer.collect_features(trainer.data_collator([rows[index] for index in range(6)]))
+    query, *targets = (trainer.model(feature)["sentence_embedding"] for feature in features)
+    scores = query @ torch.cat(targets).T
+    own = torch.eye(6, scores.shape[1], dtype=torch.bool)
+    dropped = (scores > scores[own][:, None] - margin - 1e-6) & ~own
+    assert bool(dropped[0, 5]) == bool(dropped[5, 0]) == (margin >= 0) and not bool(dropped.all())
+    masked = (scores / 0.1).masked_fill(dropped, -torch.inf)
+    expected = torch.nn.functional.cross_entropy(masked, torch.arange(6))
+    expected.backward()
+    assert abs(loss - expected.item()) < 1e-4
+    check_gradients(found, {f"model.{n}": p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})
 
 
 def test_the_loss_is_infonce_at_the_temperature(tmp_path, model, processor, emoji):
@@ -100,7 +145,7 @@ def test_the_loss_is_infonce_at_the_temperature(tmp_path, model, processor, emoj
     trainer = trainer_of(model, processor, rows, tmp_path, temperature=0.1)
     features, labels = trainer.collect_features(trainer.data_collator([rows[index] for index in range(6)]))
     with torch.no_grad():
-        loss = contrastive_loss(trainer.model.eval(), trainer.args)(copy.deepcopy(features), labels)
+        loss = trainer.loss.eval()(copy.deepcopy(features), labels)
         query, positive, *negatives = (
             torch.tensor(trainer.model.encode(list(rows[name]))) for name in rows.column_names
         )

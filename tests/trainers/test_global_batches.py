@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of contrastive training: equal parts for all processes, of one dataset, in proportion, no row twice."""
+
+from collections import Counter
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers.base.sampler import DefaultBatchSampler, NoDuplicatesBatchSampler
+from torch.utils.data import ConcatDataset, RandomSampler
+
+from trainers.global_batches import GlobalBatchSampler, TaskBatchSampler, shares
+
+
+def sampler_of(rows, batch_size, processes, drop_last=False, seed=0):
+    generator = torch.Generator()
+    order = RandomSampler(range(rows), generator=generator)
+    inner = DefaultBatchSampler(order, batch_size * processes, drop_last, generator=generator, seed=seed)
+    return GlobalBatchSampler(inner, rows, processes)
+
+
+def task_sampler(sizes, batch_size, processes, drop_last=False, **options):
+    samplers = [sampler_of(rows, batch_size, processes, drop_last) for rows in sizes]
+    return TaskBatchSampler(ConcatDataset([range(rows) for rows in sizes]), samplers, **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 4), st.booleans(), st.integers(0, 3))
+def test_a_pass_gives_equal_parts_and_no_row_twice(rows, batch_size, processes, drop_last, epoch):
+    step = batch_size * processes
+    if rows < processes or (drop_last and rows < step):
+        with pytest.raises(ValueError, match=f"{rows} rows do not suffice for a step of {step} on {processes}"):
+            sampler_of(rows, batch_size, processes, drop_last)
+        return
+    sampler = sampler_of(rows, batch_size, processes, drop_last)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert batches == list(sampler), "an epoch is always the same"
+    assert len(batches) == len(sampler) and len(batches) % processes == 0
+    for first in range(0, len(batches), processes):
+        assert len({len(batch) for batch in batches[first : first + processes]}) == 1
+    seen = Counter(row for batch in batches for row in batch)
+    assert max(seen.values()) == 1
+    left_out = rows - len(seen)
+    assert left_out < processes if not drop_last else left_out < step
+
+
+def test_another_epoch_is_another_order():
+    sampler = sampler_of(40, 4, 2)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(8, 60), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2))
+def test_a_step_is_of_one_dataset_and_every_row_comes_once(sizes, batch_size, processes, epoch):
+    sampler = task_sampler(sizes, batch_size, processes)
+    sampler.set_epoch(epoch)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) and len(batches) % processes == 0
+    bounds = ConcatDataset([range(rows) for rows in sizes]).cumulative_sizes
+    for first in range(0, len(batches), processes):
+        step = batches[first : first + processes]
+        assert len({len(batch) for batch in step}) == 1
+        assert len({sum(row >= bound for bound in bounds) for batch in step for row in batch}) == 1
+    seen = Counter(row for batch in batches for row in batch)
+    assert max(seen.values()) == 1
+    assert sum(sizes) - len(seen) < processes * len(sizes)
+
+
+def test_without_homogeneity_each_process_draws_for_itself():
+    sampler = task_sampler([40, 40], 4, 2, homogeneous=False)
+    batches = list(sampler)
+    datasets = [batch[0] // 40 for batch in batches]
+    assert len(batches) == 20 and Counter(datasets) == {0: 10, 1: 10}
+    assert any(datasets[step] != datasets[step + 1] for step in range(0, 20, 2))
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(1.0, [16, 4]), (0.5, [13, 7]), (0.0, [10, 10])])
+def test_datasets_are_drawn_by_their_size_to_a_power(alpha, expected):
+    sampler = task_sampler([64, 16], 4, 1, alpha=alpha)
+    batches = list(sampler)
+    assert [sum(batch[0] < 64 for batch in batches), sum(batch[0] >= 64 for batch in batches)] == expected
+    small = [batch for batch in batches if batch[0] >= 64]
+    assert set(row for batch in small[:4] for row in batch) == set(range(64, 80)), "a pass before it begins again"
+    if alpha == 0.0:
+        assert small[4:8] != small[:4], "in another order"
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=6), st.integers(0, 50))
+def test_shares_are_whole_and_within_one_of_the_exact_ones(weights, total):
+    found = shares(weights, total)
+    assert sum(found) == total
+    assert all(abs(part - weight / sum(weights) * total) < 1 for part, weight in zip(found, weights, strict=True))
+
+
+def test_a_step_of_all_processes_has_no_value_twice():
+    """Twenty rows of five values: two processes of two rows see four different ones."""
+    rows = Dataset.from_dict({"query": [f"q{i}" for i in range(20)], "positive": [f"p{i % 5}" for i in range(20)]})
+    generator = torch.Generator()
+    inner = NoDuplicatesBatchSampler(rows, 4, False, generator=generator, precompute_hashes=True)
+    batches = list(GlobalBatchSampler(inner, len(rows), 2))
+    for first in range(0, len(batches), 2):
+        values = [rows[row]["positive"] for batch in batches[first : first + 2] for row in batch]
+        assert len(values) == len(set(values))

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of stage 3: sentence-transformers' InfoNCE losses, put together as a configuration says."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import (
+    CachedGISTEmbedLoss,
+    CachedMultipleNegativesRankingLoss,
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+)
+from torch import Tensor, nn
+
+from modeling_cocoa.files import written_whole
+
+from .contrastive_config import CocoaContrastiveConfig
+
+TEMPERATURE_FILE = "temperature.safetensors"
+"""File of a checkpoint that holds a learned temperature, to go on from."""
+SMALLEST_TEMPERATURE = 0.01
+"""Of a learned one; as in CLIP (arXiv 2103.00020, section 2.5)."""
+TIE = 1e-6
+"""Cosines that differ by less count as equal."""
+
+
+def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -> nn.Module:
+    """
+    InfoNCE of queries and targets, `-log(exp(s+ / t) / sum(exp(s / t)))` with cosines `s` (arXiv 1807.03748).
+
+    `mini_batch_size` or `mini_batch_num_tokens` make it a cached one (GradCache, arXiv 2101.06983),
+    `false_negative_margin` one that drops false negatives, with the model itself as the guide (GISTEmbed, arXiv
+    2402.16829), `matryoshka_dims` one of several lengths of the vectors (arXiv 2205.13147).
+
+    Args:
+        model ([`~sentence_transformers.SentenceTransformer`]).
+        args ([`CocoaContrastiveConfig`]).
+
+    Raises:
+        ValueError: `matryoshka_dims` are more than the model has.
+    """
+    cached = args.mini_batch_size is not None or args.mini_batch_num_tokens is not None
+    options: dict[str, Any] = {"gather_across_devices": args.gather_across_devices}
+    if args.mini_batch_size is not None:
+        options["mini_batch_size"] = args.mini_batch_size
+    if args.mini_batch_num_tokens is not None:
+        options["mini_batch_num_tokens"] = args.mini_batch_num_tokens
+    if args.false_negative_margin is not None:
+        # Without its terms between queries and between targets it is InfoNCE, less the negatives that it drops. The
+        # cached form always: the other takes one hard negative at most.
+        cached = True
+        options.setdefault("mini_batch_size", args.per_device_train_batch_size)
+        options.update(guide=model, temperature=args.temperature, margin=args.false_negative_margin + TIE)
+        loss = CachedGISTEmbedLoss(model, contrast_anchors=False, contrast_positives=False, **options)
+    else:
+        options["scale"] = 1 / args.temperature
+        if args.symmetric:
+            options.update(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
+        loss = (CachedMultipleNegativesRankingLoss if cached else MultipleNegativesRankingLoss)(model, **options)
+    temperature_of = loss
+    if args.matryoshka_dims is not None:
+        loss = MatryoshkaLoss(model, loss, args.matryoshka_dims, args.matryoshka_weights)
+    if args.learnable_temperature:
+        loss = LearnedTemperatureLoss(loss, temperature_of, args.temperature, cached)
+    return loss
+
+
+class LearnedTemperatureLoss(nn.Module):
+    """
+    A loss whose temperature is learned with the model, as in CLIP: the logarithm of `1 / temperature` is a parameter.
+
+    Cached losses make their backward pass while they are computed, before anything that comes after them (division by
+    accumulation steps) is known: so the temperature's gradient is taken there, and passed on through the result.
+
+    Args:
+        loss (`nn.Module`): What is computed.
+        inner (`nn.Module`): The loss in it that has the temperature.
+        temperature (`float`): To begin with.
+        cached (`bool`): Whether the loss makes its backward pass itself.
+    """
+
+    def __init__(self, loss: nn.Module, inner: nn.Module, temperature: float, cached: bool) -> None:
+        super().__init__()
+        self.loss = loss
+        self.cached = cached
+        self.has_scale = hasattr(inner, "scale")
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.log_scale.register_hook(averaged)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that the trainer gives to the loss."""
+        return self.loss.model
+
+    @property
+    def inner(self) -> nn.Module:
+        """The loss that has the temperature."""
+        return self.loss.loss if isinstance(self.loss, MatryoshkaLoss) else self.loss
+
+    @property
+    def temperature(self) -> Tensor:
+        """What cosines are divided by."""
+        return (-self.log_scale).exp().clamp(min=SMALLEST_TEMPERATURE)
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
+        value = 1 / self.temperature if self.has_scale else self.temperature
+        used = value.detach().requires_grad_() if self.cached and torch.is_grad_enabled() else value
+        setattr(self.inner, "scale" if self.has_scale else "temperature", used)
+        loss = self.loss(sentence_features, labels)
+        return loss if used is value else loss + (value - value.detach()) * used.grad
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write the temperature into a checkpoint's folder."""
+        with written_whole(Path(folder) / TEMPERATURE_FILE) as file:
+            save_file({"log_scale": self.log_scale.detach().cpu()}, file)
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """
+        Take the temperature from a checkpoint's folder.
+
+        Raises:
+            FileNotFoundError: it holds none.
+        """
+        with torch.no_grad():
+            self.log_scale.copy_(load_file(Path(folder) / TEMPERATURE_FILE)["log_scale"])
+
+
+def averaged(gradient: Tensor) -> Tensor:
+    """The mean of a gradient over the processes that train together: the loss is outside of what DDP wraps."""
+    if dist.is_available() and dist.is_initialized():
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    return gradient
