@@ -8,7 +8,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from safetensors.torch import load_file
 
 from modeling_cocoa.saving import save_cocoa
@@ -156,3 +157,77 @@ def test_batches_by_tokens_are_shared_between_processes(tmp_path, start):
     assert loss == pytest.approx(one_loss, rel=1e-5)
     for name, gradient in one.items():
         assert (two[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+
+
+CONTRASTIVE_GRADIENTS = """
+import json, os, sys
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+from trainers import CocoaContrastiveConfig, CocoaContrastiveTrainer
+
+model, folder, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+
+
+class Keep(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            gradients = {name: value.grad for name, value in trainer.loss.named_parameters() if value.grad is not None}
+            gradients = {name.replace("module.", "").replace("loss.", ""): value for name, value in gradients.items()}
+            save_file(gradients, os.path.join(folder, "gradients.safetensors"))
+
+
+args = CocoaContrastiveConfig(
+    output_dir=folder, max_steps=1, max_grad_norm=1e9, logging_steps=1, save_strategy="no", report_to="none",
+    use_cpu=True, disable_tqdm=True, check_data=False, ddp_find_unused_parameters=False, gather_across_devices=True,
+    temperature=0.1, **options,
+)
+rows = Dataset.from_parquet(os.path.join(model, "rows.parquet"))
+trainer = CocoaContrastiveTrainer(model, args, train_dataset=rows, callbacks=[Keep()])
+trainer.train()
+if trainer.is_world_process_zero():
+    with open(os.path.join(folder, "loss.json"), "w") as file:
+        json.dump(trainer.state.log_history[0]["loss"], file)
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"symmetric": True},
+        {"mini_batch_num_tokens": 30, "learnable_temperature": True, "matryoshka_dims": [64, 16]},
+        {"mini_batch_size": 2, "false_negative_margin": 0.05},
+    ],
+    ids=["plain", "cached", "false negatives"],
+)
+def test_pairs_with_images_on_one_process_and_texts_on_the_other(tmp_path, start, emoji, options):
+    """
+    The gradients of one process with all pairs. The last forward pass of a step is of texts, on both processes.
+    """
+    kind = Features({"image": ImageFeature(), "text": Value("string")})
+    rows = [{"image": emoji[i]["image"] if i < 4 else None, "text": None if i % 2 else "a"} for i in range(8)]
+    rows = [{**row, "text": row["text"] or (None if row["image"] else str(i))} for i, row in enumerate(rows)]
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(42)).tolist()
+    pairs = [
+        {"query": rows[order.index(place)], "positive": emoji[place]["text"], "negative_1": f"not {place}"}
+        for place in range(8)
+    ]
+    features = Features({"query": kind, "positive": Value("string"), "negative_1": Value("string")})
+    Dataset.from_list(pairs, features=features).to_parquet(str(start / "rows.parquet"))
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        (folder / "train.py").write_text(CONTRASTIVE_GRADIENTS)
+        settings = {**options, "seed": 42, "per_device_train_batch_size": 8 // processes}
+        run_python(folder / "train.py", start, folder, json.dumps(settings), processes=processes)
+        loss = json.loads((folder / "loss.json").read_text())
+        found.append((loss, load_file(folder / "gradients.safetensors")))
+    (loss, whole), (two_loss, two) = found
+    assert two_loss == pytest.approx(loss, rel=1e-4)
+    assert any("visual" in name for name in whole) and set(two) == set(whole)
+    assert ("log_scale" in whole) == options.get("learnable_temperature", False)
+    for name, gradient in two.items():
+        assert (gradient - whole[name]).norm() <= 2e-5 * whole[name].norm() + 1e-8, name
