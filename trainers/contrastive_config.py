@@ -106,6 +106,13 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
             "choices": ["high", "mid", "low"],
         },
     )
+    evaluate_retrieval: bool = field(
+        default=False,
+        metadata={
+            "help": "At each evaluation, find the positives of each evaluation dataset by its queries: Recall@1, @5, @10, "
+            "MRR@10, nDCG@10, and as `eval_sequential_score` the mean nDCG@10."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after so many evaluations without a better `metric_for_best_model`."},

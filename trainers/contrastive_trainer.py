@@ -31,12 +31,13 @@ from .contrastive_config import CocoaContrastiveConfig
 from .contrastive_losses import LearnedTemperatureLoss, contrastive_loss
 from .datasets import check_rows
 from .global_batches import GlobalBatchSampler, TaskBatchSampler
+from .retrieval import retrieval_evaluator
 from .rows import opened, undecoded
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 """Endings of the columns of a batch that stay on the CPU until the model reads them."""
-IMAGE_RESOLUTIONS = {"high": 1344, "mid": 672, "low": 128}
-"""Sides of VLM2Vec's squares, in pixels."""
+IMAGE_SIZES = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}
+"""VLM2Vec's `image_resolution`, in pixels."""
 
 
 @dataclass
@@ -46,14 +47,14 @@ class ContrastiveCollator(SentenceTransformerDataCollator):
 
     Args:
         on_bad_sample (`"raise"` or `"skip"`): What to do with a row that cannot be read.
-        image_side (`int`, *optional*): Images are stretched to squares of this side, in pixels.
+        image_size (`tuple[int, int]`, *optional*): Width and height that images are stretched to.
 
     Raises:
         ValueError: a row cannot be read, or with `"skip"` no row of the batch can.
     """
 
     on_bad_sample: str = "raise"
-    image_side: int | None = None
+    image_size: tuple[int, int] | None = None
     skipped: int = 0
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -77,8 +78,7 @@ class ContrastiveCollator(SentenceTransformerDataCollator):
         Raises:
             CocoaInputError: one is.
         """
-        size = None if self.image_side is None else (self.image_side, self.image_side)
-        rows = [{name: opened(value, size) for name, value in row.items()} for row in features]
+        rows = [{name: opened(value, self.image_size) for name, value in row.items()} for row in features]
         return super().__call__(rows)
 
     def _can_read(self, row: dict[str, Any]) -> bool:
@@ -103,7 +103,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             datasets, each batch comes from one of them.
         processing_class ([`CocoaProcessor`], *optional*): With a backbone in memory; otherwise the model's own.
         peft_config ([`~peft.PeftConfig`], *optional*): Train adapters in the backbone.
-        evaluator: Of sentence-transformers.
+        evaluator: Of sentence-transformers; see also `evaluate_retrieval`.
         callbacks, optimizers: As in [`~transformers.Trainer`].
 
     Raises:
@@ -155,12 +155,18 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             model.preprocess,
             prompts=args.prompts,
             on_bad_sample=args.on_bad_sample,
-            image_side=IMAGE_RESOLUTIONS.get(args.image_resolution),
+            image_size=IMAGE_SIZES.get(args.image_resolution),
         )
         train_dataset, eval_dataset = (
             readable_rows(dataset, collator, name, args)
             for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset))
         )
+        if args.evaluate_retrieval and evaluator is None:
+            if eval_dataset is None:
+                raise ValueError("evaluate_retrieval needs an eval_dataset.")
+            evaluator = retrieval_evaluator(
+                eval_dataset, args.prompts, args.per_device_eval_batch_size, collator.image_size
+            )
         if args.early_stopping_patience is not None:
             callbacks = [*(callbacks or []), EarlyStoppingCallback(args.early_stopping_patience)]
         super().__init__(

@@ -48,10 +48,13 @@ class Recipe:
             - `sources`, by name: the arguments of `datasets.load_dataset` (`split` is `train` unless said;
               `streaming: true` reads as it goes), `where`: which of its rows, by the values of columns, `eval`: what
               to change in all this for the rows to evaluate on. `layout: mmeb_train` with `image_dir` reads
-              MMEB-train as published, into the columns `images` and `texts`.
+              MMEB-train as published, into the columns `images` and `texts`, or for the contrastive stage `query`,
+              `positive` and `negative_1`, ...; so do the hard-negative files of mmE5 and MoCa. Where `name` is a list
+              of subsets, every entry of the source becomes one dataset for each, by the subset's name.
             - `reconstruction`, by name: the columns of [`~rows.parts_of`] (`image`, `text`, `messages`, ...), each
               with a column of the source, or a text with columns in braces.
-            - `contrastive`, by name: `query`, `positive`, `negative_1`, ... in the same way.
+            - `contrastive`, by name: `query`, `positive`, `negative_1`, ... in the same way; an entry without columns
+              takes the source's of these names.
 
             An entry names its `source`, unless there is one only. A column of lists is joined with commas, as
             `{column:sample}` only a random part of each list, in random order. An entry with `variants` is used that
@@ -226,7 +229,7 @@ def load_model(recipe: Recipe, model_path: str | None, args: Any, find_file: Fin
         source = name_source(
             recipe.data, {"source": options.pop("source")} if "source" in options else {}, "processor"
         )
-        rows = read_source(recipe.data["sources"][source], find_file, evaluation=False)
+        rows = read_source(recipe.data["sources"][source], find_file)
         texts = [text for name in columns for text in column_texts(rows, name) if text is not None]
         processor = build_tiny_processor(texts, **options)
         return build_model(processor, seed=recipe.seed, **parts), processor, None

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import os
+import re
 import string
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import datasets
@@ -14,13 +15,15 @@ import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from .augment import augment_pictures
-from .mmeb import pairs_as_documents
+from .mmeb import pairs_as_documents, pairs_as_inputs
 from .rows import ROW_COLUMNS
 
 FindFile = Callable[[str], str | os.PathLike]
-LAYOUTS = ("mmeb_train",)
+LAYOUTS = {"mmeb_train": {"reconstruction": pairs_as_documents, "contrastive": pairs_as_inputs}}
 ENTRY_OPTIONS = ("source", "variants", "augment")
 """What an entry says beside its columns."""
+PAIR_COLUMN = r"query|positive|negative_\d+"
+"""Columns of a contrastive source that an entry takes where it names none."""
 
 
 def reconstruction_data(
@@ -70,34 +73,39 @@ def contrastive_data(
 def made_entries(
     data: Mapping[str, Any], section: str, find_file: FindFile, seed: int, evaluation: bool
 ) -> Iterator[tuple[str, dict[str, str], list[Dataset | IterableDataset]]]:
-    """Of each entry of a section that has rows: its name, its columns, and the dataset of each of its variants."""
-    sources: dict[str, Dataset | IterableDataset | None] = {}
+    """
+    Of each entry of a section that has rows, or of each subset that its source lists: a name, the columns, and the
+    dataset of each variant.
+    """
+    read = cache(lambda name, subset: read_source(data["sources"][name], find_file, evaluation, section, subset))
     if not isinstance(data.get(section), Mapping) or not data[section]:
         raise ValueError(f"data: {section} must give its entries by name; got {data.get(section)!r}.")
     for number, (name, entry) in enumerate(data[section].items()):
         source_name = name_source(data, entry, f"{section} {name}")
-        if source_name not in sources:
-            sources[source_name] = read_source(data["sources"][source_name], find_file, evaluation)
-        source = sources[source_name]
-        if source is None:
-            continue
-        columns = {column: value for column, value in entry.items() if column not in ENTRY_OPTIONS}
-        variants = entry.get("variants", 1)
-        if not isinstance(variants, int) or variants < 1:
-            raise ValueError(f"data: variants must be a whole number of 1 or more; {name} has {variants!r}.")
-        if entry.get("augment") and variants == 1:
-            raise ValueError(f"data: augment leaves the first variant as it is; give {name} variants of 2 or more.")
-        if isinstance(source, IterableDataset) and variants > 1:
-            raise ValueError(f"data: {name} is streamed, pass after pass, and has no variants.")
-        made = []
-        for variant in range(1 if evaluation else variants):
-            generator = np.random.default_rng((seed, number, variant))
-            rows = assemble(source, columns, generator)
-            if entry.get("augment") and variant:
-                pictures = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-                rows = augment_pictures(rows, pictures, seed=int(generator.integers(2**31)))
-            made.append(rows)
-        yield name, columns, made
+        subsets = data["sources"][source_name].get("name")
+        for subset in subsets if isinstance(subsets, list) else [None]:
+            source = read(source_name, subset)
+            if source is None:
+                continue
+            columns = {column: value for column, value in entry.items() if column not in ENTRY_OPTIONS}
+            if section == "contrastive" and not columns:
+                columns = {column: column for column in source.column_names if re.fullmatch(PAIR_COLUMN, column)}
+            variants = entry.get("variants", 1)
+            if not isinstance(variants, int) or variants < 1:
+                raise ValueError(f"data: variants must be a whole number of 1 or more; {name} has {variants!r}.")
+            if entry.get("augment") and variants == 1:
+                raise ValueError(f"data: augment leaves the first variant as it is; give {name} 2 variants or more.")
+            if isinstance(source, IterableDataset) and variants > 1:
+                raise ValueError(f"data: {name} is streamed, pass after pass, and has no variants.")
+            made = []
+            for variant in range(1 if evaluation else variants):
+                generator = np.random.default_rng((seed, number, variant))
+                rows = assemble(source, columns, generator)
+                if entry.get("augment") and variant:
+                    pictures = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+                    rows = augment_pictures(rows, pictures, seed=int(generator.integers(2**31)))
+                made.append(rows)
+            yield subset or name, columns, made
 
 
 def name_source(data: Mapping[str, Any], entry: Mapping[str, Any], what: str) -> str:
@@ -114,14 +122,29 @@ def name_source(data: Mapping[str, Any], entry: Mapping[str, Any], what: str) ->
     return name
 
 
-def read_source(options: Mapping[str, Any], find_file: FindFile, evaluation: bool) -> Dataset | IterableDataset | None:
+def read_source(
+    options: Mapping[str, Any],
+    find_file: FindFile,
+    evaluation: bool = False,
+    section: str | None = None,
+    subset: str | None = None,
+) -> Dataset | IterableDataset | None:
     """
     The rows of a source; `None` where they are asked for to evaluate on, and it has none for that.
 
+    Args:
+        options: Of the source, as in a recipe.
+        find_file (`Callable`): From a data file's name in the recipe to its path.
+        evaluation (`bool`, defaults to `False`): Those to evaluate on.
+        section (`str`, *optional*): What a `layout` is read for: `"reconstruction"` or `"contrastive"`; as it is
+            where not given.
+        subset (`str`, *optional*): Which of several that `name` lists.
+
     Raises:
-        ValueError: `layout` or `eval` is none that there is, a column of `where` does not exist, or no row is left.
+        ValueError: `layout` or `eval` is none that there is, a column of `where` or the subset does not exist, or
+            there is no row.
     """
-    options = dict(options)
+    options = {**options, **({} if subset is None else {"name": subset})}
     changes = options.pop("eval", None)
     if evaluation:
         if changes is None:
@@ -132,6 +155,8 @@ def read_source(options: Mapping[str, Any], find_file: FindFile, evaluation: boo
         files = options["data_files"]
         options["data_files"] = [str(find_file(file)) for file in ([files] if isinstance(files, str) else files)]
     rows = datasets.load_dataset(**{"split": "train", **options})
+    if isinstance(rows, Dataset) and not len(rows):
+        raise ValueError(f"data: there are no rows in {options}.")
     if where:
         rows = select_rows(rows, where)
     if layout is None:
@@ -140,7 +165,11 @@ def read_source(options: Mapping[str, Any], find_file: FindFile, evaluation: boo
         raise ValueError(f"data: the layout of a source is one of {list(LAYOUTS)}, or left out; got {layout!r}.")
     if image_dir is None:
         raise ValueError("data: a source in MMEB-train's layout needs image_dir, the folder of its images.")
-    return pairs_as_documents(rows, image_dir)
+    if section is None:
+        return rows
+    if section == "contrastive" and isinstance(rows, IterableDataset):
+        raise ValueError("data: the contrastive stage needs all its rows; leave streaming out.")
+    return LAYOUTS[layout][section](rows, image_dir)
 
 
 def select_rows(source: Dataset | IterableDataset, where: Mapping[str, Any]) -> Dataset | IterableDataset:
@@ -231,7 +260,9 @@ def is_kept(source: Dataset | IterableDataset, name: str, value: str) -> bool:
     if "{" in value:
         return False
     kind = (source.features or {}).get(value)
-    return isinstance(kind, datasets.Image) or name in ("image", "images", "texts", "messages")
+    if isinstance(kind, (datasets.Image, dict)) or name in ("image", "images", "texts", "messages"):
+        return True
+    return isinstance(getattr(kind, "feature", None), dict)  # a list of dicts: a conversation
 
 
 def assemble(

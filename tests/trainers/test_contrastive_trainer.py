@@ -6,7 +6,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from peft import LoraConfig
 from PIL import Image
@@ -292,6 +292,16 @@ def test_a_corrupt_picture_in_an_image_column_is_a_bad_row(tmp_path, model, proc
     [
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"mini_batch_size": 0}, "mini_batch_size must be 1 or more"),
+        ({"mini_batch_size": 2, "mini_batch_num_tokens": 9}, "give one of them"),
+        ({"num_hard_negatives": -1}, "num_hard_negatives must be 0 or more"),
+        ({"image_resolution": "huge"}, "image_resolution must be one of"),
+        ({"matryoshka_dims": [16, 16]}, "different numbers"),
+        ({"matryoshka_dims": [64, 16], "matryoshka_weights": [1.0]}, "a number for each"),
+        ({"false_negative_margin": 0.1, "symmetric": True}, "one direction only"),
+        ({"sampling_alpha": -1.0}, "sampling_alpha must be 0 or more"),
+        ({"query_prompt": "a", "prompts": "b"}, "give one of them"),
+        ({"multi_dataset_batch_sampler": "round_robin"}, "leave multi_dataset_batch_sampler"),
+        ({"early_stopping_patience": 2}, "load_best_model_at_end"),
         ({"on_bad_sample": "drop"}, "on_bad_sample must be one of"),
     ],
 )
@@ -305,3 +315,125 @@ def test_a_best_checkpoint_that_cannot_be_loaded_is_an_error(tmp_path, model, pr
     trainer.state.best_model_checkpoint = str(tmp_path / "gone")
     with pytest.raises(OSError):
         trainer._load_best_model()
+
+
+def two_tasks(emoji):
+    """Names and their pictures, and two pictures to a name, the same name once again."""
+    names = emoji.select_columns(["text", "image"]).rename_columns({"text": "query", "image": "positive"})
+    first = emoji.select(range(8)).select_columns(["image", "text"]).rename_columns({"image": "query"})
+    second = emoji.select(range(8)).select_columns(["twemoji", "text"]).rename_columns({"twemoji": "query"})
+    styles = concatenate_datasets([first, second]).rename_columns({"text": "positive"})
+    return DatasetDict({"names": names, "styles": styles})
+
+
+def test_the_best_checkpoint_by_retrieval_is_what_is_left(tmp_path, model, processor, emoji):
+    data = two_tasks(emoji)
+    trainer = CocoaContrastiveTrainer(
+        model,
+        arguments(
+            tmp_path,
+            max_steps=30,
+            eval_strategy="steps",
+            eval_steps=3,
+            save_strategy="steps",
+            save_steps=3,
+            evaluate_retrieval=True,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_sequential_score",
+            early_stopping_patience=1,
+            learning_rate=8e-3,
+        ),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=processor,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "eval_sequential_score" in entry]
+    scores = [entry["eval_sequential_score"] for entry in logs]
+    assert trainer.state.global_step < 30, "a score that does not rise stops the run"
+    assert trainer.state.best_metric == max(scores) > scores[-1]
+    found = trainer.evaluate()
+    for metric in ("recall@1", "recall@10", "mrr@10", "ndcg@10"):
+        for task in data:
+            assert f"eval_{task}_cosine_{metric}" in logs[0]
+    queries, corpus = (
+        trainer.model.encode(list(data["names"]["query"])),
+        trainer.model.encode(list(data["names"]["positive"])),
+    )
+    ranks = ((queries @ corpus.T) >= (queries * corpus).sum(1)[:, None] - 1e-6).sum(1)
+    expected = float(np.mean(ranks <= 10))
+    recalls = [value for name, value in found.items() if name.endswith("names_cosine_recall@10")]
+    assert recalls and all(abs(value - expected) <= 1 / 64 for value in recalls)
+
+
+def test_prompts_go_to_queries_and_targets_of_their_dataset(tmp_path, model, processor, emoji):
+    data = two_tasks(emoji)
+    options = {
+        "query_prompt": {"names": "Find its picture."},
+        "target_prompt": {"names": "A picture.", "styles": "A name."},
+    }
+    trainer = trainer_of(model, processor, data, tmp_path, **options)
+    assert trainer.args.prompts == {
+        "names": {"query": "Find its picture.", "positive": "A picture."},
+        "styles": {"positive": "A name."},
+    }
+    for name, query, target in (("names", "Find its picture.", "A picture."), ("styles", None, "A name.")):
+        batch = trainer.data_collator([trainer.train_dataset[name][0]])
+        row = data[name][0]
+        for column, prompt in (("query", query), ("positive", target)):
+            expected = trainer.model.preprocess([row[column]], prompt=prompt)["input_ids"]
+            assert torch.equal(batch[f"{column}_input_ids"], expected)
+    with pytest.raises(ValueError, match=r"name the datasets \['nmes'\]; the datasets are \['names', 'styles'\]"):
+        trainer_of(model, processor, data, tmp_path, query_prompt={"nmes": "Find."})
+    trainer = trainer_of(model, processor, data["names"], tmp_path, query_prompt="Find.")
+    assert trainer.args.prompts == {"query": "Find."}
+
+
+def test_pixels_stay_on_the_cpu_until_the_model_reads_them(tmp_path, model, processor, pairs, monkeypatch):
+    trainer = trainer_of(model, processor, pairs, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("meta"))
+    prepared = trainer._prepare_inputs(batch)
+    assert list(prepared) == list(batch)
+    assert prepared["positive_pixel_values"] is batch["positive_pixel_values"]
+    assert {value.device.type for name, value in prepared.items() if name != "positive_pixel_values"} == {"meta"}
+
+
+def test_a_learned_temperature_is_trained_logged_saved_and_taken_up_again(tmp_path, model, processor, pairs):
+    options = {"learnable_temperature": True, "temperature": 0.2, "save_strategy": "steps", "save_steps": 2}
+    options.update(gradient_accumulation_steps=2, weight_decay=0.5, mini_batch_size=8)
+    whole = trainer_of(copy.deepcopy(model), processor, pairs, tmp_path, **options)
+    whole.train()
+    logged = [entry["temperature"] for entry in whole.state.log_history if "temperature" in entry]
+    assert len(set(logged)) == len(logged) == 2 and abs(logged[0] - 0.2) < 0.05
+    again = trainer_of(copy.deepcopy(model), processor, pairs, tmp_path, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(again.loss.log_scale, whole.loss.log_scale)
+    decayed = whole.get_decay_parameter_names(whole.loss)
+    assert decayed and not any("log_scale" in name for name in decayed)
+
+
+@pytest.mark.parametrize("cached", [{}, {"mini_batch_size": 3}])
+def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path, model, processor, pairs, cached):
+    trainer = trainer_of(model, processor, pairs, tmp_path, per_device_train_batch_size=4, **cached)
+    with torch.no_grad():
+        trainer.model[0].model.language_model.norm.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"step 1, of the rows \[['\"].*[a-z]{3}"):
+        trainer.train()
+
+
+def test_hard_negatives_are_counted(tmp_path, model, processor, emoji):
+    rows = mixed_rows(emoji)
+    trainer = trainer_of(model, processor, rows, tmp_path, num_hard_negatives=1)
+    assert trainer.train_dataset.column_names == ["query", "positive", "negative_1"]
+    with pytest.raises(ValueError, match="has 2 negatives a row; num_hard_negatives is 3"):
+        trainer_of(model, processor, rows, tmp_path, num_hard_negatives=3)
+
+
+def test_images_are_stretched_as_asked(tmp_path, model, processor, emoji):
+    rows = mixed_rows(emoji)
+    trainer = trainer_of(model, processor, rows, tmp_path, image_resolution="low")
+    assert trainer.data_collator.image_size == (128, 128)
+    low = trainer.data_collator([rows[0]])
+    expected = trainer.model.preprocess([rows[0]["positive"].resize((128, 128))])
+    assert torch.equal(low["positive_pixel_values"], expected["pixel_values"])

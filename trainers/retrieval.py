@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well queries find their positives among all positives of a dataset, during training."""
+
+from __future__ import annotations
+
+import hashlib
+from statistics import fmean
+from typing import Any
+
+from datasets import Dataset
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SequentialEvaluator
+
+from .rows import opened, undecoded
+
+RANKS = (1, 5, 10)
+"""Of Recall@k; MRR and nDCG are of the last."""
+
+
+def retrieval_evaluator(
+    datasets: Dataset | dict[str, Dataset],
+    prompts: Any = None,
+    batch_size: int = 32,
+    image_size: tuple[int, int] | None = None,
+) -> SequentialEvaluator:
+    """
+    sentence-transformers' retrieval evaluators, one a dataset: Recall@1, @5, @10, MRR@10 and nDCG@10 by its name.
+
+    Queries that are the same, and positives that are the same, count as one, so a query may have several positives.
+    The score of all together (`sequential_score`) is the mean of the datasets' nDCG@10.
+
+    Args:
+        datasets ([`~datasets.Dataset`] or a dict of them): With `query` and `positive`. Their images are held in
+            memory.
+        prompts (*optional*): By column, or by dataset and column.
+        batch_size (`int`, defaults to 32): Of encoding.
+        image_size (`tuple[int, int]`, *optional*): Width and height that images are stretched to.
+    """
+    parts = datasets if isinstance(datasets, dict) else {"": datasets}
+    evaluators = []
+    for name, dataset in parts.items():
+        own = prompts.get(name, prompts) if isinstance(prompts, dict) else {}
+        own = {column: prompt for column, prompt in own.items() if isinstance(prompt, str)}
+        dataset = dataset.cast(undecoded(dataset.features))
+        queries: dict[str, Any] = {}
+        corpus: dict[str, Any] = {}
+        relevant: dict[str, set[str]] = {}
+        for query, positive in zip(dataset["query"], dataset["positive"], strict=True):
+            query_id, positive_id = digest(query), digest(positive)
+            queries.setdefault(query_id, opened(query, image_size))
+            corpus.setdefault(positive_id, opened(positive, image_size))
+            relevant.setdefault(query_id, set()).add(positive_id)
+        evaluators.append(
+            InformationRetrievalEvaluator(
+                queries,
+                corpus,
+                relevant,
+                name=name,
+                batch_size=batch_size,
+                accuracy_at_k=[RANKS[0]],
+                precision_recall_at_k=list(RANKS),
+                mrr_at_k=[RANKS[-1]],
+                ndcg_at_k=[RANKS[-1]],
+                map_at_k=[RANKS[-1]],
+                query_prompt=own.get("query"),
+                corpus_prompt=own.get("positive"),
+            )
+        )
+    return SequentialEvaluator(evaluators, main_score_function=fmean)
+
+
+def digest(cell: Any) -> str:
+    """A name for what a cell holds; the same for the same text, and for the same file of an image."""
+    return hashlib.sha256(repr(cell).encode()).hexdigest()
