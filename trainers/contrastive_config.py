@@ -92,10 +92,10 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
             "help": "Datasets are drawn in proportion to their size to this power: 1 uses every row once, 0 all alike."
         },
     )
-    query_prompt: str | dict[str, str] | None = field(
+    query_prompt: str | None | dict[str, str] = field(
         default=None, metadata={"help": "Instruction before queries (a system message): one, or by dataset."}
     )
-    target_prompt: str | dict[str, str] | None = field(
+    target_prompt: str | None | dict[str, str] = field(
         default=None, metadata={"help": "Instruction before positives and negatives: one, or by dataset."}
     )
     image_resolution: str | None = field(
@@ -109,8 +109,8 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
     evaluate_retrieval: bool = field(
         default=False,
         metadata={
-            "help": "At each evaluation, find the positives of each evaluation dataset by its queries: Recall@1, @5, @10, "
-            "MRR@10, nDCG@10, and as `eval_sequential_score` the mean nDCG@10."
+            "help": "At each evaluation, find the positives of each evaluation dataset by its queries: Recall@1, @5, "
+            "@10, MRR@10, nDCG@10, and as `eval_sequential_score` the mean nDCG@10."
         },
     )
     early_stopping_patience: int | None = field(

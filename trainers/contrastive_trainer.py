@@ -308,6 +308,7 @@ def readable_rows(
     collator: ContrastiveCollator,
     name: str,
     args: CocoaContrastiveConfig,
+    key: str | None = None,
 ) -> Any:
     """
     The same rows, their images to be opened by the collator; without bad ones where they were looked for and skipped.
@@ -318,12 +319,13 @@ def readable_rows(
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        parts = {key: readable_rows(part, collator, f"{name} ({key})", args) for key, part in dataset.items()}
+        parts = {key: readable_rows(part, collator, f"{name} ({key})", args, key) for key, part in dataset.items()}
         return type(dataset)(parts)
     dataset = dataset.cast(undecoded(dataset.features))
     if not args.check_data:
         return dataset
-    good = check_rows(dataset, lambda row: collator.check([row]), name, args.on_bad_sample)
+    known = {} if key is None else {"dataset_name": key}  # which has prompts of its own
+    good = check_rows(dataset, lambda row: collator.check([{**row, **known}]), name, args.on_bad_sample)
     return dataset if len(good) == len(dataset) else dataset.select(good)
 
 

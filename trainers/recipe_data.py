@@ -154,9 +154,10 @@ def read_source(
     if "data_files" in options:
         files = options["data_files"]
         options["data_files"] = [str(find_file(file)) for file in ([files] if isinstance(files, str) else files)]
-    rows = datasets.load_dataset(**{"split": "train", **options})
-    if isinstance(rows, Dataset) and not len(rows):
-        raise ValueError(f"data: there are no rows in {options}.")
+    try:
+        rows = datasets.load_dataset(**{"split": "train", **options})
+    except ValueError as error:  # of datasets, which knows what there is, but not which source it was asked for
+        raise ValueError(f"data: the source {options} cannot be read: {error}") from error
     if where:
         rows = select_rows(rows, where)
     if layout is None:

@@ -5,12 +5,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import Dataset
+from sentence_transformers import SentenceTransformer
 
-from trainers import CocoaReconstructionConfig, CocoaReconstructionTrainer
-from trainers.mmeb import pairs_as_documents, places_of
-from trainers.recipe_data import reconstruction_data
+from modeling_cocoa.saving import save_cocoa
+from trainers import (
+    CocoaContrastiveConfig,
+    CocoaContrastiveTrainer,
+    CocoaReconstructionConfig,
+    CocoaReconstructionTrainer,
+)
+from trainers.mmeb import pairs_as_documents, pairs_as_inputs, places_of
+from trainers.recipe import Recipe, run_recipe
+from trainers.recipe_data import contrastive_data, reconstruction_data
 from trainers.rows import undecoded
 
 FOLDER = Path("images")
@@ -119,3 +128,130 @@ def test_a_trainer_reads_it_by_recipe(tmp_path, folder, model, processor, stage)
     (folder / "b/1.png").unlink()
     with pytest.raises(ValueError, match=r"Row 3 of the training data: .*image cannot be read .*No such file.*1\.png"):
         CocoaReconstructionTrainer(model, args, train_dataset=rows, processing_class=processor)
+
+
+def published(folder, **subsets):
+    """A copy of MMEB-train as a snapshot of it lies on disk: a folder a subset, and a card that lists them."""
+    card = ["---", "configs:"]
+    for name, rows in subsets.items():
+        (folder / name).mkdir(parents=True)
+        pairs = Dataset.from_dict(rows)
+        for split in ("original", "diverse_instruction"):
+            pairs.to_parquet(str(folder / name / f"{split}-00000-of-00001.parquet"))
+        card += [f"- config_name: {name}", "  data_files:"]
+        for split in ("original", "diverse_instruction"):
+            card += [f"  - split: {split}", f"    path: {name}/{split}-*"]
+    (folder / "README.md").write_text("\n".join([*card, "---", ""]))
+    return str(folder)
+
+
+def only(*places):
+    return {name: [values[place] for place in places] for name, values in ROWS.items()}
+
+
+HARD = {  # two classes and their pictures, with negatives as mmE5 and MoCa write them
+    "qry": 2 * ["<|image_1|>\nName it.\n"] + ["a cat", "a dog"],
+    "qry_image_path": ["a/0.png", "a/1.png", "", ""],
+    "pos_text": ["cat", "dog", "<|image_1|>\nLook.\n", "<|image_1|>\nLook.\n"],
+    "pos_image_path": ["", "", "b/0.png", "b/1.png"],
+    "neg_text": ["['dog', \"a cat's tail\", '[bird]']", "['cat']", "['<|image_1|>', '']", "[]"],
+    "neg_image_path": ["['', '', '']", "['']", "['b/1.png', 'a/0.png']", "['a/2.png']"],
+}
+
+
+def texts_of(cell):
+    if cell is None or isinstance(cell, str):
+        return cell
+    (message,) = cell
+    assert message["role"] == "user"
+    parts = []
+    for part in message["content"]:
+        assert part["type"] == ("text" if part["image"] is None else "image")
+        parts.append(part["text"] if part["image"] is None else Path(part["image"]["path"]).name)
+    return parts
+
+
+def test_pairs_become_rows_of_contrastive_training(folder):
+    rows = pairs_as_inputs(Dataset.from_dict(ROWS), folder)
+    rows = rows.cast(undecoded(rows.features))
+    assert rows.column_names == ["query", "positive", "negative_1"] and len(rows) == 4
+    assert texts_of(rows[0]["query"]) == ["0.png", "Represent the given image for classification\n"]
+    assert texts_of(rows[0]["positive"]) == ["cat"] and rows[0]["negative_1"] == "dog"
+    assert texts_of(rows[2]["query"]) == [ROWS["qry"][2]]
+    assert texts_of(rows[3]["positive"]) == ["1.png", "Represent the given cropped image of the object\n"]
+    assert rows["negative_1"] == ["dog", None, None, None]
+    texts = pairs_as_inputs(Dataset.from_dict(only(0, 1)), folder)
+    assert texts["positive"] == ["cat", "A cat's face"], "a column without images is of texts"
+
+
+def test_hard_negatives_are_read_as_they_are_written(folder):
+    rows = pairs_as_inputs(Dataset.from_dict(HARD), folder)
+    rows = rows.cast(undecoded(rows.features))
+    assert rows.column_names == ["query", "positive", "negative_1", "negative_2", "negative_3"]
+    negatives = [[texts_of(row[f"negative_{number}"]) for number in (1, 2, 3)] for row in rows]
+    assert negatives == [
+        [["dog"], ["a cat's tail"], ["[bird]"]],
+        [["cat"], ["cat"], ["cat"]],
+        [["1.png"], ["0.png"], ["1.png"]],
+        [["2.png"], ["2.png"], ["2.png"]],
+    ]
+    paths = ["['a/0.png']", *HARD["neg_image_path"][1:]]
+    with pytest.raises(ValueError, match="3 texts of negatives and 1 images"):
+        pairs_as_inputs(Dataset.from_dict({**HARD, "neg_image_path": paths}), folder)
+
+
+def test_subsets_train_end_to_end_by_recipe(tmp_path, folder, model, processor):
+    """One row of each meta-task, instructions and negatives in place, through `run_recipe` and both doors."""
+    path = published(tmp_path / "MMEB-train", ImageNet_1K=HARD, CIRR=HARD)
+    save_cocoa(model, processor, tmp_path / "start")
+    stage = {"max_steps": 3, "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True}
+    stage.update(mini_batch_num_tokens=40, evaluate_retrieval=True, eval_strategy="steps", eval_steps=3)
+    stage.update(num_hard_negatives=2, query_prompt={"CIRR": "Find the changed one."}, learning_rate=1e-3)
+    mmeb = {"path": path, "name": ["ImageNet_1K", "CIRR"], "split": "original", "eval": {"split": "original[:2]"}}
+    mmeb.update(layout="mmeb_train", image_dir=str(folder))
+    recipe = Recipe(
+        output_dir=str(tmp_path / "run"),
+        model={"model_name_or_path": str(tmp_path / "start")},
+        data={"sources": {"mmeb": mmeb}, "contrastive": {"mmeb": {"source": "mmeb"}}},
+        stages={"contrastive": stage},
+    )
+    trainers = []
+    final = run_recipe(recipe, Path, lambda stage, trainer: trainers.append(trainer))
+    (trainer,) = trainers
+    assert list(trainer.train_dataset) == ["ImageNet_1K", "CIRR"]
+    assert trainer.train_dataset["CIRR"].column_names == ["query", "positive", "negative_1", "negative_2"]
+    logs = {name for entry in trainer.state.log_history for name in entry}
+    assert {"eval_CIRR_cosine_recall@1", "eval_ImageNet_1K_cosine_ndcg@10"} <= logs
+    item = [{"role": "user", "content": [{"type": "image", "image": str(folder / "a/0.png")}]}]
+    stock = SentenceTransformer(final, device="cpu").encode(item)
+    np.testing.assert_allclose(stock, trainer.model.encode(item), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": ["CIRR", "CIRRR"]}, r"CIRRR.* not found. Available: \['CIRR', 'WebQA'\]"),
+        ({"name": "WebQA"}, "WebQA.*no data"),
+        ({"split": "test"}, "test.*original"),
+        ({"image_dir": "nowhere"}, "no folder nowhere of images"),
+        ({"layout": "mmeb"}, r"one of \['mmeb_train'\]"),
+    ],
+)
+def test_what_does_not_exist_is_said_with_what_does(tmp_path, folder, change, message):
+    path = published(tmp_path / "MMEB-train", CIRR=HARD, WebQA={name: [] for name in HARD})
+    source = {"path": path, "name": "CIRR", "split": "original", "layout": "mmeb_train", "image_dir": str(folder)}
+    with pytest.raises(ValueError, match=message):
+        contrastive_data({"sources": {"mmeb": {**source, **change}}, "contrastive": {"mmeb": {}}}, Path)
+
+
+def test_a_missing_image_names_the_row(tmp_path, folder, model, processor):
+    rows = pairs_as_inputs(Dataset.from_dict(HARD), folder)
+    (folder / "b/1.png").unlink()
+    args = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    args.update(max_steps=1, save_strategy="no", per_device_train_batch_size=2)
+    with pytest.raises(ValueError, match=r"Row 2 of the training data: .*image cannot be read .*1\.png"):
+        CocoaContrastiveTrainer(model, CocoaContrastiveConfig(**args), rows, processing_class=processor)
+    options = CocoaContrastiveConfig(**args, on_bad_sample="skip")
+    trainer = CocoaContrastiveTrainer(model, options, rows, processing_class=processor)
+    assert len(trainer.train_dataset) == 2
+    trainer.train()
