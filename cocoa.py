@@ -96,5 +96,67 @@ def train(
     typer.echo(f"The trained model is in {model}")
 
 
+@app.command("mine-negatives")
+def mine(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of a CoCoA checkpoint.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe; negatives are found for the pairs of its contrastive entries.")
+    ],
+    output_dir: Annotated[Path, typer.Argument(help="Folder for a parquet file an entry, with negative_1, ...")],
+    num_negatives: Annotated[int, typer.Option(min=1, help="For each pair.")] = 2,
+    range_min: Annotated[int, typer.Option(min=0, help="Leave out so many of the closest, as likely true.")] = 0,
+    range_max: Annotated[int | None, typer.Option(help="Look no further than this rank.")] = None,
+    max_score: Annotated[float | None, typer.Option(help="Leave out what is closer than this cosine.")] = None,
+    absolute_margin: Annotated[
+        float | None, typer.Option(help="Leave out what is not this much less close than the positive.")
+    ] = None,
+    relative_margin: Annotated[
+        float | None, typer.Option(help="The same as a part of the positive's cosine, such as 0.05.")
+    ] = None,
+    sampling: Annotated[
+        str, typer.Option(help="'top' takes the closest that are left, 'random' any of them.")
+    ] = "top",
+    batch_size: Annotated[int, typer.Option(min=1, help="Inputs embedded at once.")] = 32,
+) -> None:
+    """
+    Find hard negatives by a model itself: what it puts closest to a query besides the answer.
+
+    The vectors are kept in OUTPUT_DIR/vectors, so that a call after an interruption goes on. Train on the result with
+    a source {path: parquet, data_files: OUTPUT_DIR/NAME.parquet} and an entry {source: ...}.
+    """
+    from evaluation.assets import find_file
+    from modeling_cocoa.files import written_whole
+    from trainers.mining import load_encoder, mine_negatives
+    from trainers.recipe import Recipe, find_recipe
+    from trainers.recipe_data import contrastive_data
+
+    try:
+        settings = Recipe.load(find_recipe(recipe))
+        pairs = contrastive_data(settings.data, find_file, settings.seed)
+        encoder = load_encoder(model)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for name, dataset in pairs.items():
+            found = mine_negatives(
+                encoder,
+                dataset,
+                output_dir / "vectors",
+                num_negatives=num_negatives,
+                range_min=range_min,
+                range_max=range_max,
+                max_score=max_score,
+                absolute_margin=absolute_margin,
+                relative_margin=relative_margin,
+                sampling_strategy=sampling,
+                batch_size=batch_size,
+                seed=settings.seed,
+            )
+            with written_whole(output_dir / f"{name}.parquet") as file:
+                found.to_parquet(str(file))
+            typer.echo(f"{name}: {len(found)} of {len(dataset)} pairs have {num_negatives} negatives now.")
+    except (FileNotFoundError, ValueError) as error:
+        typer.secho(f"cocoa mine-negatives: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
 if __name__ == "__main__":
     app()

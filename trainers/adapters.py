@@ -47,6 +47,7 @@ def prepare_parts(backbone: nn.Module, freeze_parts: Sequence[str], peft_config:
             `peft_config.target_modules` asks for (said by peft, with the names).
     """
     if peft_config is not None:
+        check_mergeable(peft_config)
         frozen = [name for name, _ in backbone.named_modules() if name and part_of(name) in freeze_parts]
         if frozen:
             given = peft_config.exclude_modules or []
@@ -56,11 +57,31 @@ def prepare_parts(backbone: nn.Module, freeze_parts: Sequence[str], peft_config:
             peft_config.exclude_modules = [*given, *frozen]
         inject_adapter_in_model(peft_config, backbone)
     for name, parameter in backbone.named_parameters():
-        is_adapter = "lora_" in name or "modules_to_save" in name
-        if part_of(name) in freeze_parts or (peft_config is not None and not is_adapter):
+        if part_of(name) in freeze_parts or (peft_config is not None and "lora_" not in name):
             parameter.requires_grad_(False)
+        elif peft_config is not None:
+            # As in peft's own models: steps are too small for half precision, whatever the base is in.
+            parameter.data = parameter.data.float()
     if not any(parameter.requires_grad for parameter in backbone.parameters()):
         raise ValueError(f"Nothing of the backbone is left to train with freeze_parts={list(freeze_parts)}.")
+
+
+def check_mergeable(peft_config: PeftConfig) -> None:
+    """
+    Raise `ValueError` where adapters are more than something added to the weights of layers, since what is saved are
+    plain weights.
+    """
+    asked = {name: getattr(peft_config, name, None) for name in ("modules_to_save", "trainable_token_indices")}
+    asked["lora_bias"] = getattr(peft_config, "lora_bias", False)
+    asked["bias"] = {"none": None}.get(getattr(peft_config, "bias", "none"), getattr(peft_config, "bias", None))
+    start = getattr(peft_config, "init_lora_weights", True)
+    # These take their start out of the base's own weights.
+    asked["init_lora_weights"] = start if str(start).lower().startswith(("pissa", "olora", "corda", "loftq")) else None
+    if wrong := {name: value for name, value in asked.items() if value}:
+        raise ValueError(
+            f"peft_config asks for {wrong}, which cannot be folded into the weights that are saved; leave it at its "
+            "default."
+        )
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -221,7 +221,7 @@ class ReconstructionCollator:
         image_ratio: float | None = None,
     ) -> Segment:
         content = [{**part, "image": opened(part["image"])} if part["type"] == "image" else part for part in parts]
-        encoded = self.processor.encode([[{"role": "user", "content": content}]])[0]
+        encoded = self.processor.encode([[{"role": "user", "content": content}]], prompt="")[0]
         ids = encoded["input_ids"]
         maskable = ~torch.isin(ids, self._special)
         maskable[: self._header] = False

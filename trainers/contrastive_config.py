@@ -34,7 +34,11 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
 
     temperature: float = field(default=0.03, metadata={"help": "Cosines are divided by this before the softmax."})
     learnable_temperature: bool = field(
-        default=False, metadata={"help": "Learn the temperature with the model, from `temperature` on."}
+        default=False,
+        metadata={
+            "help": "Learn the temperature with the model, from `temperature` on; at 1e-3, or what "
+            "`learning_rate_mapping` has for 'log_scale'."
+        },
     )
     symmetric: bool = field(
         default=False, metadata={"help": "Also ask each positive for its query (both directions, averaged)."}
@@ -131,12 +135,15 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
         if self.image_resolution is not None:
             check_choices(self, "image_resolution")
         self._check_matryoshka()
-        if self.false_negative_margin is not None and self.symmetric:
-            raise ValueError("false_negative_margin is of one direction only; it cannot go with symmetric=True.")
+        for name in ("symmetric", "learnable_temperature"):
+            if self.false_negative_margin is not None and getattr(self, name):
+                raise ValueError(f"false_negative_margin cannot go with {name}=True.")
         if self.sampling_alpha < 0:
             raise ValueError(f"sampling_alpha must be 0 or more; got {self.sampling_alpha}.")
         if (self.query_prompt is not None or self.target_prompt is not None) and self.prompts:
             raise ValueError("prompts and query_prompt or target_prompt say the same; give one of them.")
+        if self.learnable_temperature:
+            self.learning_rate_mapping = {"log_scale": 1e-3, **(self.learning_rate_mapping or {})}
         if self.no_duplicates:
             self.batch_sampler = BatchSamplers.NO_DUPLICATES_HASHED
         super().__post_init__()

@@ -57,8 +57,6 @@ def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -
     if args.false_negative_margin is not None:
         # Without its terms between queries and between targets it is InfoNCE, less the negatives that it drops. The
         # cached form always: the other takes one hard negative at most.
-        cached = True
-        options.setdefault("mini_batch_size", args.per_device_train_batch_size)
         options.update(guide=model, temperature=args.temperature, margin=args.false_negative_margin + TIE)
         loss = CachedGISTEmbedLoss(model, contrast_anchors=False, contrast_positives=False, **options)
     else:
@@ -66,11 +64,10 @@ def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -
         if args.symmetric:
             options.update(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
         loss = (CachedMultipleNegativesRankingLoss if cached else MultipleNegativesRankingLoss)(model, **options)
-    temperature_of = loss
     if args.matryoshka_dims is not None:
         loss = MatryoshkaLoss(model, loss, args.matryoshka_dims, args.matryoshka_weights)
     if args.learnable_temperature:
-        loss = LearnedTemperatureLoss(loss, temperature_of, args.temperature, cached)
+        loss = LearnedTemperatureLoss(loss, args.temperature, cached)
     return loss
 
 
@@ -83,16 +80,14 @@ class LearnedTemperatureLoss(nn.Module):
 
     Args:
         loss (`nn.Module`): What is computed.
-        inner (`nn.Module`): The loss in it that has the temperature.
         temperature (`float`): To begin with.
         cached (`bool`): Whether the loss makes its backward pass itself.
     """
 
-    def __init__(self, loss: nn.Module, inner: nn.Module, temperature: float, cached: bool) -> None:
+    def __init__(self, loss: nn.Module, temperature: float, cached: bool) -> None:
         super().__init__()
         self.loss = loss
         self.cached = cached
-        self.has_scale = hasattr(inner, "scale")
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.log_scale.register_hook(averaged)
 
@@ -109,14 +104,16 @@ class LearnedTemperatureLoss(nn.Module):
     @property
     def temperature(self) -> Tensor:
         """What cosines are divided by."""
-        return (-self.log_scale).exp().clamp(min=SMALLEST_TEMPERATURE)
+        return (-self.log_scale).exp()
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> Tensor:
-        value = 1 / self.temperature if self.has_scale else self.temperature
-        used = value.detach().requires_grad_() if self.cached and torch.is_grad_enabled() else value
-        setattr(self.inner, "scale" if self.has_scale else "temperature", used)
+        with torch.no_grad():
+            self.log_scale.clamp_(max=-math.log(SMALLEST_TEMPERATURE))
+        scale = self.log_scale.exp()
+        used = scale.detach().requires_grad_() if self.cached and torch.is_grad_enabled() else scale
+        self.inner.scale = used
         loss = self.loss(sentence_features, labels)
-        return loss if used is value else loss + (value - value.detach()) * used.grad
+        return loss if used is scale else loss + (scale - scale.detach()) * used.grad
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the temperature into a checkpoint's folder."""

@@ -4,22 +4,18 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.saving import save_cocoa
@@ -29,64 +25,20 @@ from .adapters import below, load_checkpoint, merged, prepare_parts, save_adapte
 from .base import CocoaTrainerMixin, whole_weights
 from .contrastive_config import CocoaContrastiveConfig
 from .contrastive_losses import LearnedTemperatureLoss, contrastive_loss
-from .datasets import check_rows
+from .contrastive_rows import (
+    IMAGE_SIZES,
+    ContrastiveCollator,
+    check_columns,
+    check_equal_rows,
+    column_prompts,
+    readable_rows,
+    with_negatives,
+)
 from .global_batches import GlobalBatchSampler, TaskBatchSampler
 from .retrieval import retrieval_evaluator
-from .rows import opened, undecoded
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 """Endings of the columns of a batch that stay on the CPU until the model reads them."""
-IMAGE_SIZES = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}
-"""VLM2Vec's `image_resolution`, in pixels."""
-
-
-@dataclass
-class ContrastiveCollator(SentenceTransformerDataCollator):
-    """
-    sentence-transformers' collator, which also says which row is bad, or leaves it out.
-
-    Args:
-        on_bad_sample (`"raise"` or `"skip"`): What to do with a row that cannot be read.
-        image_size (`tuple[int, int]`, *optional*): Width and height that images are stretched to.
-
-    Raises:
-        ValueError: a row cannot be read, or with `"skip"` no row of the batch can.
-    """
-
-    on_bad_sample: str = "raise"
-    image_size: tuple[int, int] | None = None
-    skipped: int = 0
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        try:
-            return self.check(features)
-        except CocoaInputError as error:
-            if self.on_bad_sample == "raise":
-                raise ValueError(
-                    f"A row of this batch cannot be read: {error.reason} Mend it, or set on_bad_sample='skip'."
-                ) from error
-        readable = [row for row in features if self._can_read(row)]
-        self.skipped += len(features) - len(readable)
-        if not readable:
-            raise ValueError("No row of this batch can be read.")
-        return self.check(readable)
-
-    def check(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        """
-        The batch of some rows, none of which is bad.
-
-        Raises:
-            CocoaInputError: one is.
-        """
-        rows = [{name: opened(value, self.image_size) for name, value in row.items()} for row in features]
-        return super().__call__(rows)
-
-    def _can_read(self, row: dict[str, Any]) -> bool:
-        try:
-            self.check([row])
-        except CocoaInputError:
-            return False
-        return True
 
 
 class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
@@ -149,7 +101,8 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             with_negatives(dataset, args.num_hard_negatives, name)
             for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
         )
-        check_gathering(train_dataset, args)
+        if args.gather_across_devices:
+            check_equal_rows(train_dataset, args, "gather_across_devices")
         args.prompts = column_prompts(args, train_dataset)
         collator = ContrastiveCollator(
             model.preprocess,
@@ -269,6 +222,8 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
                 "mini_batch_num_tokens gives each process mini-batches of its own number, and those that share the "
                 "weights out wait for one another in each: use mini_batch_size."
             )
+        if self.args.mini_batch_size is not None or self.args.false_negative_margin is not None:
+            check_equal_rows(self.train_dataset, self.args, "cached losses and shared weights")
         if self.args.learnable_temperature:
             raise ValueError("A learned temperature is not among the weights that FSDP and DeepSpeed share out.")
 
@@ -301,117 +256,3 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         load_checkpoint(self.model[0].model, checkpoint_path)
         if isinstance(self.loss, LearnedTemperatureLoss):
             self.loss.load(checkpoint_path)
-
-
-def readable_rows(
-    dataset: Dataset | dict[str, Dataset] | None,
-    collator: ContrastiveCollator,
-    name: str,
-    args: CocoaContrastiveConfig,
-    key: str | None = None,
-) -> Any:
-    """
-    The same rows, their images to be opened by the collator; without bad ones where they were looked for and skipped.
-
-    Raises:
-        ValueError: a row is bad, or all are; see [`check_rows`].
-    """
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        parts = {key: readable_rows(part, collator, f"{name} ({key})", args, key) for key, part in dataset.items()}
-        return type(dataset)(parts)
-    dataset = dataset.cast(undecoded(dataset.features))
-    if not args.check_data:
-        return dataset
-    known = {} if key is None else {"dataset_name": key}  # which has prompts of its own
-    good = check_rows(dataset, lambda row: collator.check([{**row, **known}]), name, args.on_bad_sample)
-    return dataset if len(good) == len(dataset) else dataset.select(good)
-
-
-def check_columns(name: str, dataset: Dataset | dict[str, Dataset] | None) -> None:
-    """Raise `ValueError` unless the columns are `query`, `positive` and `negative_1` to `negative_n`, in order."""
-    if dataset is None:
-        return
-    if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            check_columns(f"{name}[{key!r}]", part)
-        return
-    columns = list(dataset.column_names)
-    negatives = [column for column in columns if re.fullmatch(r"negative_\d+", column)]
-    expected = ["query", "positive", *(f"negative_{number + 1}" for number in range(len(negatives)))]
-    if columns != expected:
-        raise ValueError(
-            f"{name} needs the columns 'query', 'positive' and then 'negative_1', 'negative_2', ... if it has "
-            f"negatives, in this order; it has {columns}. Use dataset.rename_column(...) and select_columns(...)."
-        )
-    if not len(dataset):
-        raise ValueError(f"{name} has no rows.")
-
-
-def with_negatives(dataset: Any, wanted: int | None, name: str) -> Any:
-    """
-    A dataset, or several, with so many of its columns of negatives.
-
-    Raises:
-        ValueError: there are fewer.
-    """
-    if dataset is None or wanted is None:
-        return dataset
-    if isinstance(dataset, dict):
-        return type(dataset)({key: with_negatives(part, wanted, f"{name}[{key!r}]") for key, part in dataset.items()})
-    found = len(dataset.column_names) - 2
-    if found < wanted:
-        raise ValueError(f"{name} has {found} negatives a row; num_hard_negatives is {wanted}.")
-    return dataset.select_columns(dataset.column_names[: 2 + wanted])
-
-
-def check_gathering(dataset: Any, args: CocoaContrastiveConfig) -> None:
-    """
-    Raise `ValueError` where processes could not gather their vectors, since they have different numbers of them.
-    """
-    if not args.gather_across_devices or args.world_size == 1:
-        return
-    if args.on_bad_sample == "skip" and not args.check_data:
-        raise ValueError(
-            "With gather_across_devices all processes need equally many rows: a bad one cannot be skipped during "
-            "training. Set check_data=True, and bad rows are left out before the first step."
-        )
-    if isinstance(dataset, dict) and not args.task_homogeneous:
-        if len({len(part.column_names) for part in dataset.values()}) > 1:
-            raise ValueError(
-                "With gather_across_devices and task_homogeneous=False all datasets need the same number of "
-                "negatives; set num_hard_negatives."
-            )
-        if not args.dataloader_drop_last:
-            raise ValueError(
-                "With gather_across_devices and task_homogeneous=False all batches need the same size; set "
-                "dataloader_drop_last=True."
-            )
-
-
-def column_prompts(args: CocoaContrastiveConfig, dataset: Any) -> Any:
-    """
-    `query_prompt` and `target_prompt` as sentence-transformers has prompts: by column, or by dataset and column.
-
-    Raises:
-        ValueError: a prompt is for a dataset that does not exist; lists those that do.
-    """
-    given = (args.query_prompt, args.target_prompt)
-    if given == (None, None):
-        return args.prompts
-    names = list(dataset) if isinstance(dataset, dict) else []
-    by_dataset = any(isinstance(prompt, dict) for prompt in given)
-    unknown = sorted({key for prompt in given if isinstance(prompt, dict) for key in prompt} - set(names))
-    if by_dataset and (unknown or not names):
-        raise ValueError(f"query_prompt and target_prompt name the datasets {unknown}; the datasets are {names}.")
-
-    def prompts_of(columns: list[str], name: str | None) -> dict[str, str]:
-        query, target = (prompt.get(name) if isinstance(prompt, dict) else prompt for prompt in given)
-        prompts = {column: query if column == "query" else target for column in columns}
-        return {column: prompt for column, prompt in prompts.items() if prompt is not None}
-
-    if by_dataset:
-        return {name: prompts_of(part.column_names, name) for name, part in dataset.items()}
-    parts = dataset.values() if isinstance(dataset, dict) else [dataset]
-    return prompts_of(sorted({column for part in parts for column in part.column_names}), None)

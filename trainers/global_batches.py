@@ -4,12 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import torch
 from sentence_transformers.base.sampler import DefaultBatchSampler
 from torch.utils.data import ConcatDataset, Sampler
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+ANOTHER_PASS, ANOTHER_ROUND = 1_000_003, 998_244_353
+"""Between the epochs that two passes of the same one are drawn as: to fill up a short one, or to begin again."""
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -17,8 +23,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     The batches of another sampler, each of a whole step, cut into one part of equal size for each process.
 
     What that sampler says of a batch (no duplicates) then holds for the step, all processes make the same number of
-    steps, and their vectors can be gathered. Of the last batch of an epoch, rows that do not make equal parts are left
-    out; another epoch has others.
+    steps, and their vectors can be gathered. Rows of a batch that do not make equal parts are left out; another epoch
+    has others.
 
     Args:
         sampler ([`~sentence_transformers.base.sampler.DefaultBatchSampler`]): Of one dataset, with a generator of its
@@ -27,15 +33,23 @@ class GlobalBatchSampler(Sampler[list[int]]):
         processes (`int`): That share a step, in turn.
 
     Raises:
-        ValueError: there are too few rows for a step.
+        ValueError: the rows do not suffice for a step.
     """
 
     def __init__(self, sampler: DefaultBatchSampler, rows: int, processes: int) -> None:
         self.sampler = sampler
         self.processes = processes
-        self.epoch = 0
-        last = rows % sampler.batch_size >= processes and not sampler.drop_last
-        self.steps = rows // sampler.batch_size + last
+        if type(sampler) is DefaultBatchSampler:
+            last = rows % sampler.batch_size >= processes and not sampler.drop_last
+            self.steps = rows // sampler.batch_size + last
+        else:  # how many there are is seen in a pass only
+            sizes = [len(batch) for batch in self.batches()]
+            self.steps = len(sizes)
+            if sizes and sum(sizes) < len(sizes) * sampler.batch_size / 2:
+                logger.warning(
+                    f"{type(sampler).__name__} makes steps of {sum(sizes) / len(sizes):.1f} rows of {rows}, where "
+                    f"{sampler.batch_size} were asked for: the data has few different values."
+                )
         if not self.steps:
             raise ValueError(
                 f"{rows} rows do not suffice for a step of {sampler.batch_size} on {processes} processes"
@@ -46,22 +60,35 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.steps * self.processes
 
+    @property
+    def epoch(self) -> int:
+        """Which pass the next one is; accelerate tells the inner sampler alone."""
+        return self.sampler.epoch
+
     def set_epoch(self, epoch: int) -> None:
         """Have the next pass be that of another epoch."""
-        self.epoch = epoch
         self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self.sampler.generator is not None:
-            self.sampler.generator.manual_seed(self.sampler.seed + self.epoch)
-        yield from islice(self.parts(), len(self))
+        epoch, left = self.epoch, self.steps
+        for attempt in count():
+            self.sampler.set_epoch(epoch + attempt * ANOTHER_PASS)
+            try:
+                for batch in islice(self.batches(), left):
+                    size = len(batch) // self.processes
+                    for part in range(self.processes):
+                        yield batch[part * size : (part + 1) * size]
+                    left -= 1
+            finally:
+                self.sampler.set_epoch(epoch)
+            if not left:  # some passes of a sampler that looks at values are shorter than the first one
+                return
 
-    def parts(self) -> Iterator[list[int]]:
-        """Each batch of the pass, in parts."""
-        for batch in self.sampler:
-            size = len(batch) // self.processes
-            for part in range(self.processes if size else 0):
-                yield batch[part * size : (part + 1) * size]
+    def batches(self) -> Iterator[list[int]]:
+        """The batches of a pass that have a row for each process."""
+        if self.sampler.generator is not None:
+            self.sampler.generator.manual_seed(self.sampler.seed + self.sampler.epoch)
+        return (batch for batch in self.sampler if len(batch) >= self.processes)
 
 
 class TaskBatchSampler(Sampler[list[int]]):
@@ -113,11 +140,9 @@ class TaskBatchSampler(Sampler[list[int]]):
 
     def endless(self, sampler: GlobalBatchSampler) -> Iterator[list[int]]:
         """The batches of a dataset, pass after pass."""
-        generator = np.random.default_rng((self.seed, self.epoch))
-        sampler.set_epoch(self.epoch)
-        while True:
+        for attempt in count():
+            sampler.set_epoch(self.epoch + attempt * ANOTHER_ROUND)
             yield from sampler
-            sampler.set_epoch(int(generator.integers(2**31)))
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:

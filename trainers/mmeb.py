@@ -83,7 +83,7 @@ def pairs_as_inputs(dataset: Dataset, image_dir: str | Path) -> Dataset:
     Returns:
         [`~datasets.Dataset`] with `query`, `positive` and `negative_1` to `negative_n`, as many as any row has: texts,
         or conversations in columns with images. A row with fewer negatives repeats its own (as mmE5 does), one with
-        none lacks them (None).
+        none is given positives of other rows.
 
     Raises:
         ValueError: as [`pairs_as_documents`]; or a row's lists of negatives differ in length.
@@ -93,6 +93,9 @@ def pairs_as_inputs(dataset: Dataset, image_dir: str | Path) -> Dataset:
     cells = [dataset[name] for name in NEGATIVE_COLUMNS] if has_negatives else []
     all_negatives = [negatives_of(*cell) for cell in zip(*cells, strict=True)]
     width = max(map(len, all_negatives), default=0)
+    if not all(all_negatives) and width:
+        positives = list(zip(*(dataset[name] for name in PAIR_COLUMNS[2:]), strict=True))
+        all_negatives = [own or others(positives, row, width) for row, own in enumerate(all_negatives)]
     images = {side: any(dataset[path]) for side, path in (("query", PAIR_COLUMNS[1]), ("positive", PAIR_COLUMNS[3]))}
     negatives_show = any(path for negatives in all_negatives for _, path in negatives)
     images.update({f"negative_{number + 1}": negatives_show for number in range(width)})
@@ -165,7 +168,19 @@ def negatives_of(texts: Any, paths: Any) -> list[tuple[str, str]]:
     texts, paths = texts or [""] * len(paths), paths or [""] * len(texts)
     if len(texts) != len(paths):
         raise ValueError(f"it has {len(texts)} texts of negatives and {len(paths)} images of them.")
-    return [(text or "", path or "") for text, path in zip(texts, paths, strict=True) if text or path]
+    return [(text or "", path or "") for text, path in zip(texts, paths, strict=True) if (text or "").strip() or path]
+
+
+def others(positives: list[tuple[str, str]], row: int, wanted: int) -> list[tuple[str, str]]:
+    """Positives of the next rows that are not a row's own, up to a number of them."""
+    found: list[tuple[str, str]] = []
+    for place in range(row + 1, row + len(positives)):
+        other = positives[place % len(positives)]
+        if other != positives[row] and other not in found and ((other[0] or "").strip() or other[1]):
+            found.append((other[0] or "", other[1] or ""))
+        if len(found) == wanted:
+            break
+    return found
 
 
 def as_list(cell: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Recipe:
               to change in all this for the rows to evaluate on. `layout: mmeb_train` with `image_dir` reads
               MMEB-train as published, into the columns `images` and `texts`, or for the contrastive stage `query`,
               `positive` and `negative_1`, ...; so do the hard-negative files of mmE5 and MoCa. Where `name` is a list
-              of subsets, every entry of the source becomes one dataset for each, by the subset's name.
+              of subsets, an entry of the source becomes one dataset for each, called `entry_subset`.
             - `reconstruction`, by name: the columns of [`~rows.parts_of`] (`image`, `text`, `messages`, ...), each
               with a column of the source, or a text with columns in braces.
             - `contrastive`, by name: `query`, `positive`, `negative_1`, ... in the same way; an entry without columns
@@ -154,23 +155,29 @@ def run_recipe(
             continue
         final = Path(recipe.output_dir) / stage / "final"
         if not (final / "modules.json").is_file():
-            trainer = build_trainer(recipe, stage, model_path, find_file)
-            if prepare is not None:
-                prepare(stage, trainer)
-            train_stage(trainer, stage, final)
+            run_stage(recipe, stage, model_path, find_file, prepare)
+            gc.collect()  # a trainer refers to itself, and the next model needs its room
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         model_path = str(final)
     if model_path is None:
         raise ValueError("The recipe has no stages to run.")
     return model_path
 
 
-def train_stage(trainer: CocoaReconstructionTrainer | CocoaContrastiveTrainer, stage: str, final: Path) -> None:
-    """Train one stage, and save its model to `final`."""
+def run_stage(
+    recipe: Recipe, stage: str, model_path: str | None, find_file: FindFile, prepare: Callable[..., None] | None
+) -> None:
+    """Train one stage, and save its model to `final` in its folder; nothing of it stays in memory."""
+    trainer = build_trainer(recipe, stage, model_path, find_file)
+    if prepare is not None:
+        prepare(stage, trainer)
     trainer.train(resume_from_checkpoint=True)
     if trainer.eval_dataset is not None:
         trainer.log_metrics(stage, trainer.evaluate())
-    trainer.save_model(str(final))
+    trainer.save_model(str(Path(recipe.output_dir) / stage / "final"))
     trainer.accelerator.wait_for_everyone()  # others ask next whether it is there
+    trainer.accelerator.free_memory()
 
 
 def build_trainer(

@@ -49,7 +49,7 @@ def reconstruction_data(
                 f"data: reconstruction {name} has unknown columns {unknown}; there are {list(ROW_COLUMNS)}, and "
                 f"{list(ENTRY_OPTIONS)}."
             )
-        made[name] = variants[0] if len(variants) == 1 else concatenate_datasets(variants)
+        add_once(made, name, variants[0] if len(variants) == 1 else concatenate_datasets(variants))
     return made
 
 
@@ -66,8 +66,15 @@ def contrastive_data(
         for number, variant in enumerate(variants):
             if isinstance(variant, IterableDataset):
                 raise ValueError(f"data: contrastive {name} is streamed; the contrastive stage needs all its rows.")
-            made[f"{name}_{number + 1}" if number else name] = variant
+            add_once(made, f"{name}_{number + 1}" if number else name, variant)
     return made
+
+
+def add_once(made: dict[str, Any], name: str, dataset: Any) -> None:
+    """Add a dataset, or raise `ValueError` where another has its name."""
+    if name in made:
+        raise ValueError(f"data: two datasets would be called {name!r}; call their entries something else.")
+    made[name] = dataset
 
 
 def made_entries(
@@ -105,7 +112,7 @@ def made_entries(
                     pictures = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
                     rows = augment_pictures(rows, pictures, seed=int(generator.integers(2**31)))
                 made.append(rows)
-            yield subset or name, columns, made
+            yield name if subset is None else f"{name}_{subset}", columns, made
 
 
 def name_source(data: Mapping[str, Any], entry: Mapping[str, Any], what: str) -> str:

@@ -207,7 +207,9 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         means = self._means["train" if model.training else "eval"]
         # DDP and its kin take the mean over processes, of losses that are parts of a sum here.
         counts = None if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
-        output = model(**model_arguments(inputs), loss_counts=counts, touch_all=self._is_distributed)
+        # What is frozen leaves batches in which nothing has a gradient.
+        touch_all = self._is_distributed or bool(self.args.freeze_parts)
+        output = model(**model_arguments(inputs), loss_counts=counts, touch_all=touch_all)
         self.check_loss(output.loss, lambda: inputs["rows"])
         for name, loss in output.losses.items():
             means.add(f"loss_{name}", loss.detach(), 1)
@@ -310,11 +312,13 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             state_dict (`Mapping[str, Tensor]`, *optional*): The whole weights, where processes share them out.
         """
         backbone_state = None if state_dict is None else below(state_dict, "model.")
-        save_cocoa(merged(self.model.model, backbone_state), self.processing_class, folder)
+        os.makedirs(folder, exist_ok=True)
         self.model.save_heads(folder, state_dict)
+        save_adapter(self.model.model, folder, backbone_state)
+        # Last what makes the folder a model: with it, all is there.
+        save_cocoa(merged(self.model.model, backbone_state), self.processing_class, folder)
         if (picture := last_picture(self._pictures)) is not None:
             add_to_card(folder, picture)
-        save_adapter(self.model.model, folder, backbone_state)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         own = model if model is not None else self.model

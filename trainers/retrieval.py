@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SequentialEvaluator
 
+from .contrastive_rows import stretched
 from .rows import opened, undecoded
 
 RANKS = (1, 5, 10)
@@ -46,8 +49,9 @@ def retrieval_evaluator(
         relevant: dict[str, set[str]] = {}
         for query, positive in zip(dataset["query"], dataset["positive"], strict=True):
             query_id, positive_id = digest(query), digest(positive)
-            queries.setdefault(query_id, opened(query, image_size))
-            corpus.setdefault(positive_id, opened(positive, image_size))
+            for found, key, cell in ((queries, query_id, query), (corpus, positive_id, positive)):
+                if key not in found:
+                    found[key] = opened(cell) if image_size is None else stretched(opened(cell), image_size)
             relevant.setdefault(query_id, set()).add(positive_id)
         evaluators.append(
             InformationRetrievalEvaluator(
@@ -69,5 +73,19 @@ def retrieval_evaluator(
 
 
 def digest(cell: Any) -> str:
-    """A name for what a cell holds; the same for the same text, and for the same file of an image."""
-    return hashlib.sha256(repr(cell).encode()).hexdigest()
+    """A name for what a cell holds: the same for the same text, and for the same bytes or file of an image."""
+    return hashlib.sha256(repr(dated(cell)).encode()).hexdigest()
+
+
+def dated(cell: Any) -> Any:
+    """A cell in which images that are files have the size and time of their file beside them."""
+    if isinstance(cell, list):
+        return [dated(part) for part in cell]
+    if not isinstance(cell, Mapping):
+        return cell
+    if set(cell) == {"bytes", "path"} and cell["bytes"] is not None:
+        return cell["bytes"]
+    if set(cell) == {"bytes", "path"} and os.path.isfile(cell["path"]):
+        status = os.stat(cell["path"])
+        return cell["path"], status.st_size, status.st_mtime_ns
+    return {name: dated(part) for name, part in cell.items()}

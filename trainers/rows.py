@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import PIL.Image
 from datasets import Image, LargeList
 from datasets import Sequence as SequenceFeature
 
@@ -62,33 +61,28 @@ def undecoded(feature: Any) -> Any:
     return feature
 
 
-def opened(value: Any, size: tuple[int, int] | None = None) -> Any:
+def opened(value: Any) -> Any:
     """
     A cell with its images as the dataset itself would have decoded them, had it not been kept from it by
     [`undecoded`]: in it, or in dicts and lists of it.
 
     So one that is corrupt is an error that names its row, and not one from inside the data loader.
 
-    Args:
-        value: Of a cell.
-        size (`tuple[int, int]`, *optional*): Width and height that images are stretched to.
-
     Raises:
         CocoaInputError: an image's bytes or its file cannot be read as an image.
     """
     if isinstance(value, list):
-        return [opened(part, size) for part in value]
+        return [opened(part) for part in value]
     if not isinstance(value, Mapping):
-        return value if size is None or not isinstance(value, PIL.Image.Image) else value.resize(size)
+        return value
     if {"bytes", "path"} != set(value):
-        return {name: opened(part, size) for name, part in value.items()}
+        return {name: opened(part) for name, part in value.items()}
     try:
-        image = Image().decode_example(dict(value))
+        return Image().decode_example(dict(value))
     except Exception as error:  # decoders raise what they like
         raise CocoaInputError(
             f"its image cannot be read ({type(error).__name__}: {error}); mend or drop it."
         ) from error
-    return image if size is None else image.resize(size)
 
 
 def text_parts(text: Any) -> list[Part]:

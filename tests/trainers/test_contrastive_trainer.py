@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 from trainers.contrastive_config import CocoaContrastiveConfig
 from trainers.contrastive_trainer import CocoaContrastiveTrainer
+from trainers.retrieval import retrieval_evaluator
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +298,8 @@ def test_a_corrupt_picture_in_an_image_column_is_a_bad_row(tmp_path, model, proc
         ({"image_resolution": "huge"}, "image_resolution must be one of"),
         ({"matryoshka_dims": [16, 16]}, "different numbers"),
         ({"matryoshka_dims": [64, 16], "matryoshka_weights": [1.0]}, "a number for each"),
-        ({"false_negative_margin": 0.1, "symmetric": True}, "one direction only"),
+        ({"false_negative_margin": 0.1, "symmetric": True}, "cannot go with symmetric"),
+        ({"false_negative_margin": 0.1, "learnable_temperature": True}, "cannot go with learnable_temperature"),
         ({"sampling_alpha": -1.0}, "sampling_alpha must be 0 or more"),
         ({"query_prompt": "a", "prompts": "b"}, "give one of them"),
         ({"multi_dataset_batch_sampler": "round_robin"}, "leave multi_dataset_batch_sampler"),
@@ -434,6 +436,20 @@ def test_images_are_stretched_as_asked(tmp_path, model, processor, emoji):
     rows = mixed_rows(emoji)
     trainer = trainer_of(model, processor, rows, tmp_path, image_resolution="low")
     assert trainer.data_collator.image_size == (128, 128)
-    low = trainer.data_collator([rows[0]])
-    expected = trainer.model.preprocess([rows[0]["positive"].resize((128, 128))])
-    assert torch.equal(low["positive_pixel_values"], expected["pixel_values"])
+    wide = rows[0]["positive"].resize((96, 32))
+    wide.save(tmp_path / "picture.png")
+    expected = trainer.model.preprocess([wide.resize((128, 128))])
+    plain = trainer.model.preprocess([wide])
+    assert not torch.equal(plain["image_grid_thw"], expected["image_grid_thw"])
+    forms = [wide, str(tmp_path / "picture.png"), {"image": str(tmp_path / "picture.png")}]
+    forms.append([{"role": "user", "content": [{"type": "image", "path": str(tmp_path / "picture.png")}]}])
+    for positive in forms:
+        low = trainer.data_collator([{"query": "a text", "positive": positive}])
+        assert torch.equal(low["positive_pixel_values"], expected["pixel_values"])
+        assert torch.equal(low["query_input_ids"], trainer.model.preprocess(["a text"])["input_ids"])
+    evaluator = retrieval_evaluator(trainer.train_dataset, image_size=(128, 128)).evaluators[0]
+    np.testing.assert_allclose(
+        trainer.model.encode(evaluator.corpus[:1]),
+        trainer.model.encode([rows[0]["positive"].resize((128, 128))]),
+        atol=1e-5,
+    )

@@ -5,11 +5,12 @@ from collections import Counter
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers.base.sampler import DefaultBatchSampler, NoDuplicatesBatchSampler
-from torch.utils.data import ConcatDataset, RandomSampler
+from torch.utils.data import ConcatDataset, DataLoader, RandomSampler
 
 from trainers.global_batches import GlobalBatchSampler, TaskBatchSampler, shares
 
@@ -106,3 +107,43 @@ def test_a_step_of_all_processes_has_no_value_twice():
     for first in range(0, len(batches), 2):
         values = [rows[row]["positive"] for batch in batches[first : first + 2] for row in batch]
         assert len(values) == len(set(values))
+
+
+@pytest.mark.parametrize(("processes", "drop_last"), [(1, False), (1, True), (2, False), (4, False)])
+def test_few_different_values_make_short_steps_of_all_rows_or_an_error(processes, drop_last, caplog):
+    """Sixty-four rows of yes and no, beside another dataset: no endless search, no row that is never read."""
+    rows = Dataset.from_dict({"query": [f"q{i}" for i in range(64)], "positive": [f"{i % 2}" for i in range(64)]})
+    inner = NoDuplicatesBatchSampler(
+        rows, 8 * processes, drop_last, generator=torch.Generator(), precompute_hashes=True
+    )
+    if drop_last or processes > 2:
+        with pytest.raises(ValueError, match="64 rows do not suffice for a step"):
+            GlobalBatchSampler(inner, 64, processes)
+        return
+    sampler = GlobalBatchSampler(inner, 64, processes)
+    together = TaskBatchSampler(ConcatDataset([rows, range(64)]), [sampler, sampler_of(64, 8, processes)])
+    for epoch in range(3):
+        together.set_epoch(epoch)
+        batches = list(together)
+        assert len(batches) == len(together)
+        assert {row for batch in batches for row in batch} == set(range(128))
+
+
+def test_two_processes_see_another_order_every_epoch(tmp_path):
+    """Through accelerate, which tells the epoch to what lies inside of a batch sampler."""
+    seen = []
+    for index in range(2):
+        loader = prepare_data_loader(
+            DataLoader(list(range(16)), batch_sampler=sampler_of(16, 4, 2)),
+            num_processes=2,
+            process_index=index,
+            even_batches=False,
+        )
+        epochs = []
+        for epoch in range(3):
+            loader.set_epoch(epoch)
+            epochs.append([batch.tolist() for batch in loader.base_dataloader])
+        assert len({str(epoch) for epoch in epochs}) == 3
+        seen.append(epochs)
+    for one, other in zip(*seen, strict=True):
+        assert sorted(row for batch in one + other for row in batch) == list(range(16))

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of contrastive training: their columns, their prompts, and batches of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+
+from modeling_cocoa.inputs import CocoaInputError, read_input
+
+from .contrastive_config import CocoaContrastiveConfig
+from .datasets import check_rows
+from .rows import opened, undecoded
+
+IMAGE_SIZES = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}
+"""VLM2Vec's `image_resolution`, in pixels."""
+
+
+@dataclass
+class ContrastiveCollator(SentenceTransformerDataCollator):
+    """
+    sentence-transformers' collator, which also says which row is bad, or leaves it out.
+
+    Args:
+        on_bad_sample (`"raise"` or `"skip"`): What to do with a row that cannot be read.
+        image_size (`tuple[int, int]`, *optional*): Width and height that images are stretched to.
+
+    Raises:
+        ValueError: a row cannot be read, or with `"skip"` no row of the batch can.
+    """
+
+    on_bad_sample: str = "raise"
+    image_size: tuple[int, int] | None = None
+    skipped: int = 0
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return self.check(features)
+        except CocoaInputError as error:
+            if self.on_bad_sample == "raise":
+                raise ValueError(
+                    f"A row of this batch cannot be read: {error.reason} Mend it, or set on_bad_sample='skip'."
+                ) from error
+        readable = [row for row in features if self._can_read(row)]
+        self.skipped += len(features) - len(readable)
+        if not readable:
+            raise ValueError("No row of this batch can be read.")
+        return self.check(readable)
+
+    def check(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """
+        The batch of some rows, none of which is bad.
+
+        Raises:
+            CocoaInputError: one is.
+        """
+        rows = [{name: opened(value) for name, value in row.items()} for row in features]
+        if self.image_size is not None:
+            rows = [
+                {
+                    name: cell if name == "dataset_name" else stretched(cell, self.image_size)
+                    for name, cell in row.items()
+                }
+                for row in rows
+            ]
+        return super().__call__(rows)
+
+    def _can_read(self, row: dict[str, Any]) -> bool:
+        try:
+            self.check([row])
+        except CocoaInputError:
+            return False
+        return True
+
+
+def stretched(item: Any, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """
+    An input of any form as a conversation, its images of one size.
+
+    Args:
+        item: As in [`CocoaProcessor.encode`].
+        size (`tuple[int, int]`): Width and height, in pixels.
+
+    Raises:
+        CocoaInputError: it cannot be read, or has a video.
+    """
+    conversation = read_input(item, None)
+    if conversation.videos:
+        raise CocoaInputError("it has a video; image_resolution is for images.")
+    images = iter(conversation.images)
+    for message in conversation.messages:
+        for part in message["content"]:
+            if part["type"] == "image":
+                part["image"] = next(images).resize(size)
+    return conversation.messages
+
+
+def readable_rows(
+    dataset: Dataset | dict[str, Dataset] | None,
+    collator: ContrastiveCollator,
+    name: str,
+    args: CocoaContrastiveConfig,
+    key: str | None = None,
+) -> Any:
+    """
+    The same rows, their images to be opened by the collator; without bad ones where they were looked for and skipped.
+
+    Raises:
+        ValueError: a row is bad, or all are; see [`check_rows`].
+    """
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        parts = {key: readable_rows(part, collator, f"{name} ({key})", args, key) for key, part in dataset.items()}
+        return type(dataset)(parts)
+    dataset = dataset.cast(undecoded(dataset.features))
+    if not args.check_data:
+        return dataset
+    known = {} if key is None else {"dataset_name": key}  # which has prompts of its own
+    good = check_rows(dataset, lambda row: collator.check([{**row, **known}]), name, args.on_bad_sample)
+    return dataset if len(good) == len(dataset) else dataset.select(good)
+
+
+def check_columns(name: str, dataset: Dataset | dict[str, Dataset] | None) -> None:
+    """Raise `ValueError` unless the columns are `query`, `positive` and `negative_1` to `negative_n`, in order."""
+    if dataset is None:
+        return
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_columns(f"{name}[{key!r}]", part)
+        return
+    columns = list(dataset.column_names)
+    negatives = [column for column in columns if re.fullmatch(r"negative_\d+", column)]
+    expected = ["query", "positive", *(f"negative_{number + 1}" for number in range(len(negatives)))]
+    if columns != expected:
+        raise ValueError(
+            f"{name} needs the columns 'query', 'positive' and then 'negative_1', 'negative_2', ... if it has "
+            f"negatives, in this order; it has {columns}. Use dataset.rename_column(...) and select_columns(...)."
+        )
+    if not len(dataset):
+        raise ValueError(f"{name} has no rows.")
+
+
+def with_negatives(dataset: Any, wanted: int | None, name: str) -> Any:
+    """
+    A dataset, or several, with so many of its columns of negatives.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if dataset is None or wanted is None:
+        return dataset
+    if isinstance(dataset, dict):
+        return type(dataset)({key: with_negatives(part, wanted, f"{name}[{key!r}]") for key, part in dataset.items()})
+    found = len(dataset.column_names) - 2
+    if found < wanted:
+        raise ValueError(f"{name} has {found} negatives a row; num_hard_negatives is {wanted}.")
+    return dataset.select_columns(dataset.column_names[: 2 + wanted])
+
+
+def check_equal_rows(dataset: Any, args: CocoaContrastiveConfig, why: str) -> None:
+    """
+    Raise `ValueError` where processes that wait for one another would have different numbers of rows or columns.
+
+    Args:
+        dataset: One or several.
+        args ([`CocoaContrastiveConfig`]).
+        why (`str`): What they wait for one another in.
+    """
+    if args.world_size == 1:
+        return
+    if args.on_bad_sample == "skip" and not args.check_data:
+        raise ValueError(
+            f"With {why} all processes need equally many rows: a bad one cannot be skipped during training. Set "
+            "check_data=True, and bad rows are left out before the first step."
+        )
+    if isinstance(dataset, dict) and not args.task_homogeneous:
+        if len({len(part.column_names) for part in dataset.values()}) > 1:
+            raise ValueError(
+                f"With {why} and task_homogeneous=False all datasets need the same number of negatives; set "
+                "num_hard_negatives."
+            )
+        if not args.dataloader_drop_last:
+            raise ValueError(
+                f"With {why} and task_homogeneous=False all batches need the same size; set dataloader_drop_last=True."
+            )
+
+
+def column_prompts(args: CocoaContrastiveConfig, dataset: Any) -> Any:
+    """
+    `query_prompt` and `target_prompt` as sentence-transformers has prompts: by column, or by dataset and column.
+
+    Raises:
+        ValueError: a prompt is for a dataset that does not exist; lists those that do.
+    """
+    given = (args.query_prompt, args.target_prompt)
+    if given == (None, None):
+        return args.prompts
+    names = list(dataset) if isinstance(dataset, dict) else []
+    by_dataset = any(isinstance(prompt, dict) for prompt in given)
+    unknown = sorted({key for prompt in given if isinstance(prompt, dict) for key in prompt} - set(names))
+    if by_dataset and (unknown or not names):
+        raise ValueError(f"query_prompt and target_prompt name the datasets {unknown}; the datasets are {names}.")
+
+    def prompts_of(columns: list[str], name: str | None) -> dict[str, str]:
+        query, target = (prompt.get(name) if isinstance(prompt, dict) else prompt for prompt in given)
+        prompts = {column: query if column == "query" else target for column in columns}
+        return {column: prompt for column, prompt in prompts.items() if prompt is not None}
+
+    if by_dataset:
+        return {name: prompts_of(part.column_names, name) for name, part in dataset.items()}
+    parts = dataset.values() if isinstance(dataset, dict) else [dataset]
+    return prompts_of(sorted({column for part in parts for column in part.column_names}), None)

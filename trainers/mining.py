@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hard negatives of any kind of input, found by a model itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import InputModule
+from sentence_transformers.util import mine_hard_negatives
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from modeling_cocoa.files import written_whole
+from modeling_cocoa.sentence_transformer import CocoaTransformer
+
+from .retrieval import digest
+from .rows import opened, undecoded
+
+CHUNK = 512
+"""Inputs whose vectors are kept together: what an interruption may lose."""
+
+
+class Lookup(InputModule):
+    """
+    A model that knows the vector of each number, written out as text: through it sentence-transformers' tools for
+    texts serve inputs of any kind.
+
+    Args:
+        vectors (`Tensor` of shape `(inputs, hidden)`).
+    """
+
+    def __init__(self, vectors: Tensor) -> None:
+        super().__init__()
+        self.vectors = torch.nn.Buffer(vectors)
+
+    def get_embedding_dimension(self) -> int:
+        """Length of a vector."""
+        return self.vectors.shape[1]
+
+    def preprocess(self, inputs: Sequence[str], prompt: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
+        """The numbers, of shape `(batch, 1)`."""
+        return {"input_ids": torch.tensor([[int(text)] for text in inputs])}
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Add the vectors as `sentence_embedding`."""
+        features["sentence_embedding"] = self.vectors[features["input_ids"][:, 0]]
+        return features
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Not meant to be kept."""
+        raise NotImplementedError("Lookup lives as long as the vectors it was made of.")
+
+
+def mine_negatives(
+    model: SentenceTransformer,
+    dataset: Dataset,
+    work_dir: str | os.PathLike,
+    *,
+    num_negatives: int = 2,
+    range_min: int = 0,
+    range_max: int | None = None,
+    max_score: float | None = None,
+    absolute_margin: float | None = None,
+    relative_margin: float | None = None,
+    sampling_strategy: str = "top",
+    query_prompt: str | None = None,
+    target_prompt: str | None = None,
+    batch_size: int = 32,
+    seed: int = 42,
+) -> Dataset:
+    """
+    Give each pair the targets of other pairs that the model puts closest to its query
+    ([`~sentence_transformers.util.mine_hard_negatives`]).
+
+    Inputs that are the same are embedded once, and count as one: all positives of a query are left out of its
+    negatives. Pairs with fewer negatives than wanted are left out.
+
+    Args:
+        model ([`~sentence_transformers.SentenceTransformer`]).
+        dataset ([`~datasets.Dataset`]): With `query` and `positive`, each a text, an image, a dict or a conversation.
+        work_dir (`str` or `os.PathLike`): Folder of the vectors; the same call goes on from those that are there.
+        num_negatives (`int`, defaults to 2): For each pair.
+        range_min, range_max (`int`, *optional*): Ranks, the closest being 0, that negatives are taken from.
+        max_score (`float`, *optional*): Cosine beyond which a target is no negative.
+        absolute_margin, relative_margin (`float`, *optional*): A negative's cosine is below the positive's by this, or
+            by this part of it.
+        sampling_strategy (`str`, defaults to `"top"`): `"top"` takes the closest that are left, `"random"` any.
+        query_prompt, target_prompt (`str`, *optional*): Instructions.
+        batch_size (`int`, defaults to 32): Of encoding.
+        seed (`int`, defaults to 42): Of `"random"`.
+
+    Returns:
+        [`~datasets.Dataset`] with `query`, `positive`, and `negative_1` to `negative_n`.
+
+    Raises:
+        ValueError: a column is missing, or no pair has enough negatives.
+    """
+    if missing := [name for name in ("query", "positive") if name not in dataset.column_names]:
+        raise ValueError(
+            f"Pairs have the columns 'query' and 'positive'; {missing} are not in {dataset.column_names}."
+        )
+    sides = {name: dataset.select_columns([name]) for name in ("query", "positive")}
+    prompts = {"query": query_prompt, "positive": target_prompt}
+    numbers, rows, vectors, offset = {}, [], [], 0
+    for name, side in sides.items():
+        cells = side.cast(undecoded(side.features))[name]
+        firsts: dict[str, int] = {}
+        keys = [digest(cell) for cell in cells]
+        for row, key in enumerate(keys):
+            firsts.setdefault(key, row)
+        place = {key: offset + number for number, key in enumerate(firsts)}
+        numbers[name] = [str(place[key]) for key in keys]
+        inputs = [cells[row] for row in firsts.values()]
+        vectors.append(embed_resumably(model, inputs, Path(work_dir), f"{name} inputs", prompts[name], batch_size))
+        rows += firsts.values()
+        offset += len(firsts)
+    torch.manual_seed(seed)
+    found = mine_hard_negatives(
+        Dataset.from_dict(numbers),
+        SentenceTransformer(modules=[Lookup(torch.from_numpy(np.concatenate(vectors)))], device="cpu"),
+        num_negatives=num_negatives,
+        range_min=range_min,
+        range_max=range_max,
+        max_score=max_score,
+        absolute_margin=absolute_margin,
+        relative_margin=relative_margin,
+        sampling_strategy=sampling_strategy,
+        output_format="n-tuple",
+        batch_size=8192,
+        verbose=False,
+    )
+    if not len(found):
+        raise ValueError(
+            f"No pair has {num_negatives} negatives under these conditions: ask for fewer, or widen range and margin."
+        )
+    columns = []
+    for name in found.column_names:
+        side = "query" if name == "query" else "positive"
+        taken = sides[side].select([rows[int(number)] for number in found[name]])
+        columns.append(taken if name == side else taken.rename_column(side, name))
+    return concatenate_datasets(columns, axis=1)
+
+
+def load_encoder(name_or_path: str) -> SentenceTransformer:
+    """A CoCoA checkpoint to embed with, on the GPU where there is one."""
+    return SentenceTransformer(modules=[CocoaTransformer(name_or_path)])
+
+
+def embed_resumably(
+    model: SentenceTransformer, inputs: list[Any], folder: Path, what: str, prompt: str | None, batch_size: int
+) -> np.ndarray:
+    """
+    The vectors of many inputs, kept in a folder as they come.
+
+    They are found again for the same model, prompt and inputs only.
+
+    Args:
+        model ([`~sentence_transformers.SentenceTransformer`]).
+        inputs (`list`): Images not decoded.
+        folder (`Path`).
+        what (`str`): What the inputs are, for the progress bar.
+        prompt (`str`, *optional*).
+        batch_size (`int`).
+
+    Returns:
+        `np.ndarray` of shape `(inputs, hidden)`, float32: unit vectors.
+    """
+    known = fingerprint(model)
+    chunks = []
+    with tqdm(total=len(inputs), desc=f"Embedding {what}", unit="input") as progress:
+        for first in range(0, len(inputs), CHUNK):
+            part = inputs[first : first + CHUNK]
+            key = hashlib.sha256(json.dumps([known, prompt, [digest(cell) for cell in part]]).encode()).hexdigest()
+            path = folder / f"{key[:32]}.npy"
+            if not path.is_file():
+                vectors = model.encode(
+                    [opened(cell) for cell in part],
+                    prompt=prompt or "",
+                    batch_size=batch_size,
+                    normalize_embeddings=True,
+                    convert_to_numpy=True,
+                )
+                folder.mkdir(parents=True, exist_ok=True)
+                with written_whole(path) as partial, open(partial, "wb") as file:
+                    np.save(file, vectors.astype(np.float32))
+            chunks.append(np.load(path, allow_pickle=False))
+            progress.update(len(part))
+    return np.concatenate(chunks)
+
+
+def fingerprint(model: SentenceTransformer) -> str:
+    """A name for what decides a model's vectors: its weights, and how it reads inputs."""
+    summary = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        summary.update(name.encode())
+        summary.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    processor = getattr(model[0], "processor", None)
+    sizes = [getattr(getattr(processor, part, None), "size", None) for part in ("image_processor", "video_processor")]
+    summary.update(repr([sizes, getattr(processor, "prompt", None), model.max_seq_length]).encode())
+    return summary.hexdigest()
