@@ -7,6 +7,7 @@ import copy
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,7 @@ def read_lm_head(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
     Returns:
         `Tensor` of shape `(vocabulary, hidden)`, or `None` where the checkpoint has none.
     """
-    hub = hub_arguments(kwargs)
-
-    def find(name: str) -> str | None:
-        try:
-            return cached_file(pretrained_model_name_or_path, name, **hub)
-        except OSError:  # how transformers says that there is no such file
-            return None
-
+    find = partial(find_checkpoint_file, pretrained_model_name_or_path, **kwargs)
     file = find(SAFE_WEIGHTS_NAME)
     if file is None and (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
         shard = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get("lm_head.weight")
@@ -47,6 +41,21 @@ def read_lm_head(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
         return None
     with safe_open(file, framework="pt") as weights:
         return weights.get_tensor("lm_head.weight") if "lm_head.weight" in weights.keys() else None
+
+
+def find_checkpoint_file(pretrained_model_name_or_path: str | os.PathLike, name: str, **kwargs: Any) -> str | None:
+    """
+    The path of a checkpoint's file, fetched where it is on the Hub; `None` where the checkpoint has no such file.
+
+    Args:
+        pretrained_model_name_or_path: Folder or Hub name.
+        name (`str`): Of the file.
+        kwargs: Those of `from_pretrained`, of which the Hub's (`revision`, `token`, `cache_dir`, ...) are used.
+    """
+    try:
+        return cached_file(pretrained_model_name_or_path, name, **hub_arguments(kwargs))
+    except OSError:  # how transformers says that there is no such file
+        return None
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 from .attention import EOS, PADDING, SOURCE, TARGET, attention_mask_for
 from .auto import load_backbone
 from .files import written_whole
-from .heads import ImageDecoder, read_lm_head
+from .heads import ImageDecoder, find_checkpoint_file, read_lm_head
 from .layers import merged_rotary
 from .losses import masked_token_loss, normalize_patches
 from .packing import pack
@@ -123,7 +123,8 @@ class CocoaForReconstruction(nn.Module):
         self.image_decoder = ImageDecoder(backbone)
         self.bridge_projection = nn.Linear(hidden_size, hidden_size) if bridge == "embedding" else None
         self._initialize_heads(embeddings)
-        self.to(device=embeddings.device, dtype=embeddings.dtype)
+        # New heads learn by small steps, which half precision loses, whatever the backbone is in.
+        self.to(device=embeddings.device)
 
     @torch.no_grad()
     def _initialize_heads(self, embeddings: Tensor) -> None:
@@ -175,8 +176,8 @@ class CocoaForReconstruction(nn.Module):
         lm_head = (
             None if backbone.config.tie_word_embeddings else read_lm_head(pretrained_model_name_or_path, **kwargs)
         )
-        heads_file = Path(pretrained_model_name_or_path) / HEADS_FILE
-        heads = load_file(heads_file) if heads_file.is_file() else {}
+        heads_file = find_checkpoint_file(pretrained_model_name_or_path, HEADS_FILE, **kwargs)
+        heads = {} if heads_file is None else load_file(heads_file)
         lm_head = heads.get("lm_head.weight", lm_head)
         if lm_head is None and not backbone.config.tie_word_embeddings:
             raise ValueError(
@@ -329,7 +330,7 @@ class CocoaForReconstruction(nn.Module):
             heads = [head for head in (self.lm_head, self.bridge_projection) if head is not None]
             touched += [
                 (state + self.unit_mask_embedding).float().sum(),
-                *(head(state).float().sum() for head in heads),
+                *(head(state.to(head.weight.dtype)).float().sum() for head in heads),
             ]
             output.loss = output.loss + 0.0 * torch.stack(touched).sum()
         return output
@@ -342,8 +343,12 @@ class CocoaForReconstruction(nn.Module):
         return self._decode(hidden[:1, :1], positions, segments == EOS, attention).float().sum()
 
     def _decode(self, hidden: Tensor, positions: Tensor, units: Tensor, attention: dict[str, Any]) -> Tensor:
-        """[`ImageDecoder`] on rows under collaborative attention."""
+        """[`ImageDecoder`], in its own precision, on rows under collaborative attention."""
         language_model = self.model.language_model
+        dtype = self.unit_mask_embedding.dtype
+        hidden = hidden.to(dtype)
+        if (mask := attention.get("attention_mask")) is not None and mask.dtype != dtype:
+            attention = {"attention_mask": mask.to(dtype).masked_fill(mask < 0, torch.finfo(dtype).min)}
         if "packing" in attention:
             rotary = merged_rotary(language_model, hidden, positions)
         else:
@@ -394,7 +399,7 @@ class CocoaForReconstruction(nn.Module):
             inputs_embeds, positions, self._attention(segment_ids.masked_fill(is_target, PADDING), dtype)
         )
         embeddings = nn.functional.normalize(first[is_eos], dim=-1)
-        bridge_tokens = self.bridge_projection(embeddings)
+        bridge_tokens = self.bridge_projection(embeddings.to(self.bridge_projection.weight.dtype)).to(inputs_embeds)
         second_embeds = inputs_embeds.masked_scatter(is_eos[..., None], bridge_tokens)
         second = self._read(
             second_embeds, positions, self._attention(segment_ids.masked_fill(is_source, PADDING), dtype)

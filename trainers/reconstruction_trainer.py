@@ -98,6 +98,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             raise ValueError("Give `processing_class` (a CocoaProcessor) together with a model that is in memory.")
         attach_mask_token(model.model, processing_class.mask_token_id)
         prepare_parts(model.model, args.freeze_parts, peft_config)
+        if peft_config is not None and model.lm_head is not None:
+            model.lm_head.requires_grad_(False)  # pretrained like the base, and tied to it in other models
 
         self._row_tokens: np.ndarray | None = None
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}

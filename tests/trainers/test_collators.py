@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_cocoa.attention import EOS, PADDING, SOURCE, TARGET
+from modeling_cocoa.processing_cocoa import CocoaProcessor
 from trainers.collators import (
     DIRECTIONS,
     WARMUP,
@@ -225,3 +226,12 @@ def test_a_row_with_nothing_to_mask_is_a_bad_row(processor, emoji):
     tight.tokenizer.model_max_length = len(processor.tokenizer("<|im_start|>user\n")["input_ids"])
     with pytest.raises(ValueError, match="row 3: nothing in it can be masked"):
         collator([{"text": "hello", "index": 3, "seed": 0}])
+
+
+@pytest.mark.parametrize("stage", ["warmup", "bridge"])
+def test_a_processors_own_prompt_has_no_part_in_it(processor, emoji, stage):
+    batch = rows(emoji, 4)
+    plain = ReconstructionCollator(processor, stage=stage)(batch)
+    prompted = CocoaProcessor(processor.processor, prompt="Represent it.")
+    found = ReconstructionCollator(prompted, stage=stage)(batch)
+    assert torch.equal(found["input_ids"], plain["input_ids"]) and torch.equal(found["labels"], plain["labels"])

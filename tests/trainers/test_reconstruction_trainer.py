@@ -4,6 +4,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -440,3 +441,62 @@ def test_adapters_over_quantized_weights_train_and_merge_to_plain_ones(tmp_path,
     for door, options in MERGED_THROUGH.items():
         found = SentenceTransformer(str(tmp_path / "final"), device="cpu", **options).encode(items)
         np.testing.assert_allclose(found, expected, atol=tolerance, err_msg=door)
+
+
+@pytest.mark.parametrize(
+    ("stage", "bridge"), [("warmup", "layerwise"), ("bridge", "layerwise"), ("bridge", "embedding")]
+)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_adapters_and_heads_of_a_half_precision_base_train_in_float32(
+    tmp_path, model, processor, emoji, stage, bridge, attention
+):
+    """In bfloat16 a step of 1e-4 leaves a norm of ones as it is."""
+    model.to(torch.bfloat16).set_attn_implementation({"text_config": attention})
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    options = {"stage": stage, "bridge": bridge, "learning_rate": 1e-4, "max_steps": 3, "warmup_steps": 0}
+    trainer = trainer_of(model, processor, emoji, tmp_path, peft_config=config, **options)
+    trained = {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    assert trainer.model.model.dtype == torch.bfloat16
+    trainer.train()
+    now = dict(trainer.model.named_parameters())
+    moved = {name for name, value in trained.items() if not torch.equal(now[name], value)}
+    assert "image_decoder.norm.weight" in moved and any("lora_B" in name for name in moved)
+    trainer.save_model(str(tmp_path / "final"))
+    assert SentenceTransformer(str(tmp_path / "final"), device="cpu").encode(["a"]).shape == (1, 64)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["norm"]},
+        {"bias": "all"},
+        {"lora_bias": True},
+        {"init_lora_weights": "pissa"},
+        {"trainable_token_indices": {"embed_tokens": [0]}},
+    ],
+    ids=str,
+)
+def test_adapters_that_cannot_be_folded_in_are_refused(tmp_path, model, processor, emoji, options):
+    config = LoraConfig(r=4, target_modules=["q_proj"], **options)
+    with pytest.raises(ValueError, match=f"asks for .*{next(iter(options))}.*cannot be folded"):
+        trainer_of(model, processor, emoji, tmp_path, peft_config=config)
+
+
+def test_a_batch_in_which_nothing_trains_is_no_error(tmp_path, model, processor):
+    """Texts alone, with the language model frozen."""
+    texts = Dataset.from_dict({"text": ["a face with tears of joy", "a cat that smiles"]})
+    options = {"stage": "warmup", "freeze_parts": ["language_model"], "max_steps": 1, "per_device_train_batch_size": 2}
+    trainer_of(model, processor, texts, tmp_path, **options).train()
+
+
+def test_a_folder_is_a_model_only_when_its_heads_are_there(tmp_path, model, processor, emoji, monkeypatch):
+    trainer = trainer_of(model, processor, emoji, tmp_path, stage="warmup")
+
+    def killed(backbone, processor, folder):
+        assert (Path(folder) / HEADS_FILE).is_file() and not (Path(folder) / "modules.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainers.reconstruction_trainer.save_cocoa", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.save_model(str(tmp_path / "final"))
