@@ -24,6 +24,7 @@ from transformers.utils import logging
 from modeling_cocoa.files import written_whole
 
 from .encode import bench_encode
+from .gradcache import bench_gradcache
 from .growth import bench_growth
 from .models import device, save_118m
 from .precision import bench_precision
@@ -41,6 +42,7 @@ def parts_of(folder: Path, items: int, rows: int, repeats: int) -> dict[str, tup
         "encode-tiny": ("cocoa-tiny, encode", lambda: bench_encode(TINY, items, repeats)),
         "pretraining": ("118M parameters, bridge step", lambda: bench_pretraining(folder, rows, repeats)),
         "contrastive": ("118M parameters, contrastive step", lambda: bench_contrastive(folder, rows, repeats)),
+        "gradcache": ("cocoa-tiny, memory of a contrastive step", lambda: alone(bench_gradcache, TINY)),
         "growth": ("118M parameters, growth", lambda: alone(bench_growth, folder, 2 * items, min(repeats, 3))),
         "precision": (
             "118M parameters (speed), cocoa-tiny (accuracy)",
