@@ -2,6 +2,7 @@
 """Stage 3 on real rows: it learns, GradCache changes nothing, it resumes bit for bit, and it says what is wrong."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 from trainers.contrastive_config import CocoaContrastiveConfig
 from trainers.contrastive_trainer import CocoaContrastiveTrainer
+from trainers.recipe_data import contrastive_data
 from trainers.retrieval import retrieval_evaluator
 
 
@@ -453,3 +455,42 @@ def test_images_are_stretched_as_asked(tmp_path, model, processor, emoji):
         trainer.model.encode([rows[0]["positive"].resize((128, 128))]),
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize(
+    ("sharded", "options", "message"),
+    [
+        ("fsdp", {"mini_batch_num_tokens": 40}, "use mini_batch_size"),
+        ("fsdp", {"learnable_temperature": True}, "A learned temperature"),
+        ("fsdp", {"mini_batch_size": 4, "on_bad_sample": "skip"}, "equally many rows.*check_data=True"),
+        (
+            "fsdp",
+            {"mini_batch_size": 4, "task_homogeneous": False},
+            "same number of negatives; set num_hard_negatives",
+        ),
+        ("deepspeed", {"mini_batch_size": 4}, "several backward passes a step, which DeepSpeed does not take"),
+        ("deepspeed", {"false_negative_margin": 0.1}, "several backward passes a step, which DeepSpeed does not take"),
+    ],
+    ids=str,
+)
+def test_what_processes_that_share_weights_would_wait_for_is_refused(
+    tmp_path, model, processor, emoji, monkeypatch, sharded, options, message
+):
+    data = DatasetDict({"pairs": two_tasks(emoji)["names"], "hard": mixed_rows(emoji)})
+    trainer = trainer_of(model, processor, data, tmp_path, **options)
+    trainer.check_sharding()
+    setattr(trainer, f"is_{sharded}_enabled", True)
+    if sharded == "fsdp":
+        monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", None, raising=False)
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    with pytest.raises(ValueError, match=message):
+        trainer.check_sharding()
+
+
+def test_two_entries_of_one_name_are_an_error(tmp_path, emoji):
+    emoji.to_parquet(str(tmp_path / "rows.parquet"))
+    source = {"path": "parquet", "data_files": str(tmp_path / "rows.parquet")}
+    entry = {"query": "text", "positive": "image"}
+    data = {"sources": {"rows": source}, "contrastive": {"a": {**entry, "variants": 2}, "a_2": entry}}
+    with pytest.raises(ValueError, match="two datasets would be called 'a_2'"):
+        contrastive_data(data, Path)

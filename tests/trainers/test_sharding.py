@@ -45,7 +45,7 @@ if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     PartialState._prepare_backend = lambda self, *args, **options: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from peft import LoraConfig
 
 from trainers import (
@@ -67,6 +67,12 @@ if "contrastive" in kind:
     args = CocoaContrastiveConfig(gather_across_devices=True, symmetric=True, temperature=0.1, **options)
     data = rows.rename_columns({"text": "query", "image": "positive"}).select_columns(["query", "positive"])
     data = data.filter(lambda row: row["query"] is not None and row["positive"] is not None)
+    if "cached" in kind:
+        args.mini_batch_size = 2
+        data = Dataset.from_list(
+            [{"query": row, "positive": f"number {place}"} for place, row in enumerate(rows)],
+            features=Features({"query": dict(rows.features), "positive": Value("string")}),
+        )
     trainer = CocoaContrastiveTrainer(model, args, train_dataset=data, peft_config=lora)
 else:
     args = CocoaReconstructionConfig(stage="bridge", **options)
@@ -169,6 +175,11 @@ def test_pre_training_with_shared_out_weights_is_what_one_process_does(tmp_path,
 @pytest.mark.parametrize(("kind", "sharded"), [*ways("contrastive"), *ways("lora contrastive")])
 def test_contrastive_training_with_shared_out_weights_is_what_one_process_does(tmp_path, pairs, kind, sharded):
     check_like_one_process(kind, sharded, pairs, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "sharded"), ways("cached contrastive")[:1])
+def test_mini_batches_of_images_on_one_process_and_of_texts_on_the_other(tmp_path, start, kind, sharded):
+    check_like_one_process(kind, sharded, start, tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "sharded"), [*ways("adam bridge"), *ways("adam lora bridge")])
