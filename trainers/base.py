@@ -174,6 +174,11 @@ class CocoaTrainerMixin:
         Raise `ValueError` where the processes share the weights out in a way that leaves checkpoints without a model.
         """
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "With FSDP, fsdp_cpu_ram_efficient_loading must be false: every process makes the mask token and the "
+                "heads from whole weights. See trainers/accelerate_configs/fsdp2.yaml."
+            )
         if plugin is not None and plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
             raise ValueError(
                 f"With FSDP, fsdp_state_dict_type must be FULL_STATE_DICT, not {plugin.state_dict_type.name}: a "

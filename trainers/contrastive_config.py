@@ -151,6 +151,8 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
             raise ValueError("Datasets are drawn as sampling_alpha says; leave multi_dataset_batch_sampler as it is.")
         if self.early_stopping_patience is not None and not self.load_best_model_at_end:
             raise ValueError("early_stopping_patience needs load_best_model_at_end=True, and evaluations.")
+        if self.early_stopping_patience is not None:
+            self.restore_callback_states_from_checkpoint = True  # or a run that goes on would count anew
 
     def _check_matryoshka(self) -> None:
         dims, weights = self.matryoshka_dims, self.matryoshka_weights

@@ -46,7 +46,7 @@ def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -
         args ([`CocoaContrastiveConfig`]).
 
     Raises:
-        ValueError: `matryoshka_dims` are more than the model has.
+        ValueError: `matryoshka_dims` lack the length of the model's vectors, or one is more than that.
     """
     cached = args.mini_batch_size is not None or args.mini_batch_num_tokens is not None
     options: dict[str, Any] = {"gather_across_devices": args.gather_across_devices}
@@ -65,6 +65,8 @@ def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -
             options.update(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
         loss = (CachedMultipleNegativesRankingLoss if cached else MultipleNegativesRankingLoss)(model, **options)
     if args.matryoshka_dims is not None:
+        if (whole := model.get_embedding_dimension()) not in args.matryoshka_dims:
+            raise ValueError(f"matryoshka_dims must have the whole length {whole} too; got {args.matryoshka_dims}.")
         loss = MatryoshkaLoss(model, loss, args.matryoshka_dims, args.matryoshka_weights)
     if args.learnable_temperature:
         loss = LearnedTemperatureLoss(loss, args.temperature, cached)

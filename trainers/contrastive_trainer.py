@@ -220,8 +220,8 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         cached = self.args.mini_batch_size is not None or self.args.false_negative_margin is not None
         if self.is_deepspeed_enabled and (cached or self.args.mini_batch_num_tokens is not None):
             raise ValueError(
-                "GradCache (mini_batch_size, mini_batch_num_tokens, false_negative_margin) makes several backward passes "
-                "a step, which DeepSpeed does not take: use trainers/accelerate_configs/fsdp2.yaml."
+                "GradCache (mini_batch_size, mini_batch_num_tokens, false_negative_margin) makes several backward "
+                "passes a step, which DeepSpeed does not take: use trainers/accelerate_configs/fsdp2.yaml."
             )
         if self.args.mini_batch_num_tokens is not None:
             raise ValueError(

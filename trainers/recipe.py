@@ -202,6 +202,9 @@ def build_trainer(
     config_class = CocoaContrastiveConfig if is_contrastive else CocoaReconstructionConfig
     if not is_contrastive:
         options["stage"] = stage
+    for name in ("query_prompt", "target_prompt"):
+        if is_contrastive and isinstance(options.get(name), dict):
+            options[name] = for_variants(options[name], recipe.data)
     (args,) = HfArgumentParser(config_class).parse_dict(options)
     read = contrastive_data if is_contrastive else reconstruction_data
     with args.main_process_first(desc="reading the data"):
@@ -223,6 +226,15 @@ def build_trainer(
         processing_class=processor,
         peft_config=peft_config,
     )
+
+
+def for_variants(prompts: dict[str, str], data: dict[str, Any]) -> dict[str, str]:
+    """Prompts by dataset, those of entries for all of their variants (`name_2`, ...)."""
+    found = dict(prompts)
+    for name, prompt in prompts.items():
+        variants = data["contrastive"].get(name, {}).get("variants", 1)
+        found.update({f"{name}_{number}": prompt for number in range(2, variants + 1)})
+    return found
 
 
 def load_model(recipe: Recipe, model_path: str | None, args: Any, find_file: FindFile) -> tuple[Any, Any, Any]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -84,10 +85,11 @@ class ReconstructionStream(torch.utils.data.IterableDataset):
         if worker is not None and number >= max(1, self.dataset.num_shards):
             return
         place = (self.process_index, number)
+        dataset = copy.deepcopy(self.dataset)  # workers would share its epoch, and each is in one of its own
         for epoch in count():
-            self.dataset.set_epoch(epoch)
+            dataset.set_epoch(epoch)
             found = False
-            for index, row in enumerate(self.dataset):
+            for index, row in enumerate(dataset):
                 name = f"{index} of pass {epoch} in process {place[0]}, worker {place[1]}"
                 try:
                     example = self.collator.example({**row, "index": name, "seed": (self.seed, epoch, *place, index)})

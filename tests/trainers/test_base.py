@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -21,13 +22,15 @@ def trainer(tmp_path, model, processor, emoji):
 
 def test_weights_saved_in_parts_are_refused(trainer, monkeypatch):
     trainer.is_fsdp_enabled = True
-    for kind in (StateDictType.FULL_STATE_DICT, StateDictType.SHARDED_STATE_DICT):
-        state = SimpleNamespace(fsdp_plugin=SimpleNamespace(state_dict_type=kind))
+    whole = {"state_dict_type": StateDictType.FULL_STATE_DICT, "cpu_ram_efficient_loading": False}
+    for change, message in (
+        ({}, None),
+        ({"state_dict_type": StateDictType.SHARDED_STATE_DICT}, "must be FULL_STATE_DICT, not SHARDED.*fsdp2.yaml"),
+        ({"cpu_ram_efficient_loading": True}, "fsdp_cpu_ram_efficient_loading must be false"),
+    ):
+        state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**{**whole, **change}))
         monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=state))
-        if kind == StateDictType.FULL_STATE_DICT:
-            trainer.check_sharding()
-            continue
-        with pytest.raises(ValueError, match="must be FULL_STATE_DICT, not SHARDED_STATE_DICT.*fsdp2.yaml"):
+        with pytest.raises(ValueError, match=message) if message else nullcontext():
             trainer.check_sharding()
 
 

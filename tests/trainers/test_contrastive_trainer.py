@@ -370,6 +370,26 @@ def test_the_best_checkpoint_by_retrieval_is_what_is_left(tmp_path, model, proce
     assert recalls and all(abs(value - expected) <= 1 / 64 for value in recalls)
 
 
+def test_early_stopping_goes_on_counting(tmp_path, model, processor, pairs):
+    options = {"max_steps": 12, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    options.update(load_best_model_at_end=True, metric_for_best_model="eval_loss", early_stopping_patience=2)
+    options.update(learning_rate=0.0)  # no evaluation is better than the first
+
+    def run(max_steps, resume):
+        trainer = CocoaContrastiveTrainer(
+            copy.deepcopy(model),
+            arguments(tmp_path, **{**options, "max_steps": max_steps}),
+            train_dataset=pairs,
+            eval_dataset=pairs,
+            processing_class=processor,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.state.global_step
+
+    assert run(4, None) == 4
+    assert run(12, True) == 6, "one more evaluation, and not two"
+
+
 def test_prompts_go_to_queries_and_targets_of_their_dataset(tmp_path, model, processor, emoji):
     data = two_tasks(emoji)
     options = {
@@ -494,3 +514,8 @@ def test_two_entries_of_one_name_are_an_error(tmp_path, emoji):
     data = {"sources": {"rows": source}, "contrastive": {"a": {**entry, "variants": 2}, "a_2": entry}}
     with pytest.raises(ValueError, match="two datasets would be called 'a_2'"):
         contrastive_data(data, Path)
+
+
+def test_matryoshka_needs_the_whole_length(tmp_path, model, processor, pairs):
+    with pytest.raises(ValueError, match="must have the whole length 64 too"):
+        trainer_of(model, processor, pairs, tmp_path, matryoshka_dims=[32, 16])

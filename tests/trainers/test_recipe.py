@@ -19,7 +19,7 @@ import cocoa
 from modeling_cocoa.saving import save_cocoa
 from tests.trainers.conftest import ROOT, TEXT_CONFIG, VISION_CONFIG, run_python
 from trainers.from_scratch import build_model
-from trainers.recipe import Recipe, find_recipe, run_recipe
+from trainers.recipe import Recipe, find_recipe, for_variants, run_recipe
 
 RECIPES = sorted((ROOT / "trainers" / "recipes").glob("*.yaml"))
 
@@ -244,3 +244,9 @@ def test_the_command_says_what_is_wrong():
     result = CliRunner().invoke(cocoa.app, ["train", "nowhere.yaml"])
     assert result.exit_code == 1
     assert "no recipe 'nowhere.yaml'" in result.output and "tiny" in result.output
+
+
+def test_a_prompt_by_dataset_is_for_all_of_its_variants():
+    data = {"contrastive": {"name": {"variants": 3}, "kind": {}}}
+    found = for_variants({"name": "Find it.", "kind": "What kind?"}, data)
+    assert found == {"name": "Find it.", "name_2": "Find it.", "name_3": "Find it.", "kind": "What kind?"}
