@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from modeling_cocoa.files import written_whole
 
+from .compact import bench_compact
 from .encode import bench_encode
 from .gradcache import bench_gradcache
 from .growth import bench_growth
@@ -44,6 +45,7 @@ def parts_of(folder: Path, items: int, rows: int, repeats: int) -> dict[str, tup
         "contrastive": ("118M parameters, contrastive step", lambda: bench_contrastive(folder, rows, repeats)),
         "gradcache": ("cocoa-tiny, memory of a contrastive step", lambda: alone(bench_gradcache, TINY)),
         "growth": ("118M parameters, growth", lambda: alone(bench_growth, folder, 2 * items, min(repeats, 3))),
+        "compact": ("cocoa-tiny, short and quantized vectors", lambda: bench_compact(TINY)),
         "precision": (
             "118M parameters (speed), cocoa-tiny (accuracy)",
             lambda: bench_precision(folder, TINY, items, repeats),
