@@ -70,19 +70,24 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, left = self.epoch, self.steps
+        left = self.steps
         for attempt in count():
-            self.sampler.set_epoch(epoch + attempt * ANOTHER_PASS)
-            try:
-                for batch in islice(self.batches(), left):
-                    size = len(batch) // self.processes
-                    for part in range(self.processes):
-                        yield batch[part * size : (part + 1) * size]
-                    left -= 1
-            finally:
-                self.sampler.set_epoch(epoch)
+            for batch in islice(self.another_pass(attempt) if attempt else self.batches(), left):
+                size = len(batch) // self.processes
+                for part in range(self.processes):
+                    yield batch[part * size : (part + 1) * size]
+                left -= 1
             if not left:  # some passes of a sampler that looks at values are shorter than the first one
                 return
+
+    def another_pass(self, attempt: int) -> list[list[int]]:
+        """The batches of one more pass of the same epoch; all at once, so that the epoch is what it was."""
+        epoch = self.epoch
+        self.sampler.set_epoch(epoch + attempt * ANOTHER_PASS)
+        try:
+            return list(self.batches())
+        finally:
+            self.sampler.set_epoch(epoch)
 
     def batches(self) -> Iterator[list[int]]:
         """The batches of a pass that have a row for each process."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sentence_transformers.base.sampler import DefaultBatchSampler, NoDuplicatesBatchSampler
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler
 
-from trainers.global_batches import GlobalBatchSampler, TaskBatchSampler, shares
+from trainers.global_batches import ANOTHER_PASS, GlobalBatchSampler, TaskBatchSampler, shares
 
 
 def sampler_of(rows, batch_size, processes, drop_last=False, seed=0):
@@ -147,3 +147,27 @@ def test_two_processes_see_another_order_every_epoch(tmp_path):
         seen.append(epochs)
     for one, other in zip(*seen, strict=True):
         assert sorted(row for batch in one + other for row in batch) == list(range(16))
+
+
+def test_a_pass_that_was_given_up_does_not_set_the_next_one_back():
+    sampler = sampler_of(40, 4, 2)
+    begun = iter(sampler)
+    next(begun)
+    sampler.set_epoch(1)
+    del begun
+    assert sampler.epoch == 1
+
+
+def test_a_pass_that_is_shorter_than_the_first_is_filled_up_from_another():
+    class Shrinking(DefaultBatchSampler):
+        def __iter__(self):
+            batches = list(super().__iter__())
+            yield from batches if self.epoch in (0, 7 + ANOTHER_PASS) else batches[:3]
+
+    generator = torch.Generator()
+    inner = Shrinking(RandomSampler(range(20), generator=generator), 4, False, generator=generator)
+    sampler = GlobalBatchSampler(inner, 20, 2)
+    sampler.set_epoch(7)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 10 and sampler.epoch == 7
+    assert len({row for batch in batches[:6] for row in batch}) == 12
