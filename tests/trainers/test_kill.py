@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_cocoa.reconstruction import HEADS_FILE
 from modeling_cocoa.saving import save_cocoa
+from trainers.contrastive_losses import TEMPERATURE_FILE
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_STEPS = 12, 3
@@ -24,17 +25,29 @@ STEPS, SAVE_STEPS = 12, 3
 SCRIPT = f"""
 import sys
 import torch
-from datasets import Dataset
-from trainers import CocoaReconstructionConfig, CocoaReconstructionTrainer
+from datasets import Dataset, DatasetDict
+from trainers import (
+    CocoaContrastiveConfig, CocoaContrastiveTrainer, CocoaReconstructionConfig, CocoaReconstructionTrainer
+)
 
-start, folder = sys.argv[1:]
+start, folder, stage = sys.argv[1:]
 torch.set_num_threads(1)
-args = CocoaReconstructionConfig(
-    folder, stage="bridge", max_steps={STEPS}, save_steps={SAVE_STEPS}, per_device_train_batch_tokens=500,
-    learning_rate=1e-3, logging_steps=1, check_data=False, report_to="none", use_cpu=True, disable_tqdm=True,
+options = dict(
+    max_steps={STEPS}, save_steps={SAVE_STEPS}, learning_rate=1e-3, logging_steps=1, check_data=False,
+    report_to="none", use_cpu=True, disable_tqdm=True,
 )
 rows = Dataset.from_parquet(start + "/rows.parquet")
-trainer = CocoaReconstructionTrainer(start, args, train_dataset=rows)
+if stage == "contrastive":
+    args = CocoaContrastiveConfig(
+        folder, per_device_train_batch_size=12, mini_batch_num_tokens=120, learnable_temperature=True,
+        no_duplicates=True, sampling_alpha=0.5, **options,
+    )
+    pairs = rows.rename_columns({{"text": "query", "image": "positive"}}).select_columns(["query", "positive"])
+    data = DatasetDict({{"all": pairs, "few": pairs.select(range(20))}})
+    trainer = CocoaContrastiveTrainer(start, args, train_dataset=data)
+else:
+    args = CocoaReconstructionConfig(folder, stage=stage, per_device_train_batch_tokens=500, **options)
+    trainer = CocoaReconstructionTrainer(start, args, train_dataset=rows)
 print("ready", flush=True)
 trainer.train(resume_from_checkpoint=True)
 trainer.save_model(folder + "/final")
@@ -49,10 +62,10 @@ def start(tmp_path, model, processor, emoji):
     return tmp_path / "start"
 
 
-def launch(start: Path, folder: Path) -> subprocess.Popen:
+def launch(start: Path, folder: Path, stage: str) -> subprocess.Popen:
     """Start or go on with the run, and wait until it is about to train."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(start.parent / "train.py"), str(start), str(folder)]
+    command = [sys.executable, str(start.parent / "train.py"), str(start), str(folder), stage]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     assert line == "ready\n", process.communicate()[1][-4000:]
@@ -88,13 +101,16 @@ def kill_while_saving(process: subprocess.Popen, folder: Path, seconds: float) -
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of a saved model, its heads among them."""
-    return {**load_file(folder / "model.safetensors"), **load_file(folder / HEADS_FILE)}
+    """Of a saved model, its heads or its temperature among them."""
+    files = [folder / name for name in ("model.safetensors", HEADS_FILE, TEMPERATURE_FILE)]
+    found = [load_file(file) for file in files if file.is_file()]
+    assert len(found) == 2
+    return found[0] | found[1]
 
 
-def check_kills(tmp_path: Path, start: Path, kills: int, seed: int) -> None:
+def check_kills(tmp_path: Path, start: Path, stage: str, kills: int, seed: int) -> None:
     """Kill one run many times, in turn while it trains and while it saves, and compare it with one left alone."""
-    whole = launch(start, tmp_path / "whole")
+    whole = launch(start, tmp_path / "whole", stage)
     began = time.monotonic()
     finish(whole)
     duration = time.monotonic() - began
@@ -102,13 +118,13 @@ def check_kills(tmp_path: Path, start: Path, kills: int, seed: int) -> None:
     cut_off = 0
     folder = tmp_path / "killed"
     for number in range(kills):
-        process = launch(start, folder)
+        process = launch(start, folder, stage)
         if number % 2:
             cut_off += kill_while_saving(process, folder, generator.uniform(0, 0.02))
         else:
             kill_while_training(process, folder, generator.uniform(0, 0.3 * duration))
     assert cut_off, "no kill fell into the writing of a checkpoint"
-    finish(launch(start, folder))
+    finish(launch(start, folder, stage))
     expected = weights(tmp_path / "whole" / "final")
     found = weights(folder / "final")
     assert set(found) == set(expected)
@@ -118,11 +134,13 @@ def check_kills(tmp_path: Path, start: Path, kills: int, seed: int) -> None:
     assert any(not torch.equal(expected[name], value) for name, value in before.items()), "the run trains"
 
 
-def test_two_kills(tmp_path, start):
-    check_kills(tmp_path, start, kills=2, seed=0)
+@pytest.mark.parametrize("stage", ["bridge", "contrastive"])
+def test_two_kills(tmp_path, start, stage):
+    check_kills(tmp_path, start, stage, kills=2, seed=0)
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments(tmp_path, start):
+@pytest.mark.parametrize("stage", ["bridge", "contrastive"])
+def test_twenty_kills_at_random_moments(tmp_path, start, stage):
     """Ten while it trains, ten while it saves."""
-    check_kills(tmp_path, start, kills=20, seed=int(time.time()))
+    check_kills(tmp_path, start, stage, kills=20, seed=int(time.time()))
