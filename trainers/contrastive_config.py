@@ -149,9 +149,9 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
         super().__post_init__()
         if self.multi_dataset_batch_sampler != MultiDatasetBatchSamplers.PROPORTIONAL:
             raise ValueError("Datasets are drawn as sampling_alpha says; leave multi_dataset_batch_sampler as it is.")
-        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
-            raise ValueError("early_stopping_patience needs load_best_model_at_end=True, and evaluations.")
         if self.early_stopping_patience is not None:
+            if not self.load_best_model_at_end:
+                raise ValueError("early_stopping_patience needs load_best_model_at_end=True, and evaluations.")
             self.restore_callback_states_from_checkpoint = True  # or a run that goes on would count anew
 
     def _check_matryoshka(self) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from sentence_transformers.sentence_transformer.losses import (
     CachedGISTEmbedLoss,
     CachedMultipleNegativesRankingLoss,
@@ -69,7 +70,7 @@ def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -
             raise ValueError(f"matryoshka_dims must have the whole length {whole} too; got {args.matryoshka_dims}.")
         loss = MatryoshkaLoss(model, loss, args.matryoshka_dims, args.matryoshka_weights)
     if args.learnable_temperature:
-        loss = LearnedTemperatureLoss(loss, args.temperature, cached)
+        loss = LearnedTemperatureLoss(loss, args.temperature)
     return loss
 
 
@@ -83,13 +84,11 @@ class LearnedTemperatureLoss(nn.Module):
     Args:
         loss (`nn.Module`): What is computed.
         temperature (`float`): To begin with.
-        cached (`bool`): Whether the loss makes its backward pass itself.
     """
 
-    def __init__(self, loss: nn.Module, temperature: float, cached: bool) -> None:
+    def __init__(self, loss: nn.Module, temperature: float) -> None:
         super().__init__()
         self.loss = loss
-        self.cached = cached
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.log_scale.register_hook(averaged)
 
@@ -112,10 +111,11 @@ class LearnedTemperatureLoss(nn.Module):
         with torch.no_grad():
             self.log_scale.clamp_(max=-math.log(SMALLEST_TEMPERATURE))
         scale = self.log_scale.exp()
-        used = scale.detach().requires_grad_() if self.cached and torch.is_grad_enabled() else scale
+        cached = uses_gradient_cache(self.loss) and torch.is_grad_enabled()
+        used = scale.detach().requires_grad_() if cached else scale
         self.inner.scale = used
         loss = self.loss(sentence_features, labels)
-        return loss if used is scale else loss + (scale - scale.detach()) * used.grad
+        return loss + (scale - scale.detach()) * used.grad if cached else loss
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the temperature into a checkpoint's folder."""

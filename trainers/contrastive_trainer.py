@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from sentence_transformers.base.losses.gradcache import uses_gradient_cache
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
@@ -217,8 +218,11 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         super().check_sharding()
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return
-        cached = self.args.mini_batch_size is not None or self.args.false_negative_margin is not None
-        if self.is_deepspeed_enabled and (cached or self.args.mini_batch_num_tokens is not None):
+        if self.args.learnable_temperature:
+            raise ValueError("A learned temperature is not among the weights that FSDP and DeepSpeed share out.")
+        if not uses_gradient_cache(self.loss):
+            return
+        if self.is_deepspeed_enabled:
             raise ValueError(
                 "GradCache (mini_batch_size, mini_batch_num_tokens, false_negative_margin) makes several backward "
                 "passes a step, which DeepSpeed does not take: use trainers/accelerate_configs/fsdp2.yaml."
@@ -228,10 +232,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
                 "mini_batch_num_tokens gives each process mini-batches of its own number, and those that share the "
                 "weights out wait for one another in each: use mini_batch_size."
             )
-        if cached:
-            check_equal_rows(self.train_dataset, self.args, "cached losses and shared weights")
-        if self.args.learnable_temperature:
-            raise ValueError("A learned temperature is not among the weights that FSDP and DeepSpeed share out.")
+        check_equal_rows(self.train_dataset, self.args, "cached losses and shared weights")
 
     def write_model(self, folder: str, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -95,7 +95,9 @@ def pairs_as_inputs(dataset: Dataset, image_dir: str | Path) -> Dataset:
     width = max(map(len, all_negatives), default=0)
     if not all(all_negatives) and width:
         positives = list(zip(*(dataset[name] for name in PAIR_COLUMNS[2:]), strict=True))
-        all_negatives = [own or others(positives, row, width) for row, own in enumerate(all_negatives)]
+        all_negatives = [
+            own or other for own, other in zip(all_negatives, next_positives(positives, width), strict=True)
+        ]
     images = {side: any(dataset[path]) for side, path in (("query", PAIR_COLUMNS[1]), ("positive", PAIR_COLUMNS[3]))}
     negatives_show = any(path for negatives in all_negatives for _, path in negatives)
     images.update({f"negative_{number + 1}": negatives_show for number in range(width)})
@@ -171,16 +173,15 @@ def negatives_of(texts: Any, paths: Any) -> list[tuple[str, str]]:
     return [(text or "", path or "") for text, path in zip(texts, paths, strict=True) if (text or "").strip() or path]
 
 
-def others(positives: list[tuple[str, str]], row: int, wanted: int) -> list[tuple[str, str]]:
-    """Positives of the next rows that are not a row's own, up to a number of them."""
-    found: list[tuple[str, str]] = []
-    for place in range(row + 1, row + len(positives)):
-        other = positives[place % len(positives)]
-        if other != positives[row] and other not in found and ((other[0] or "").strip() or other[1]):
-            found.append((other[0] or "", other[1] or ""))
-        if len(found) == wanted:
-            break
-    return found
+def next_positives(positives: list[tuple[Any, Any]], wanted: int) -> Iterator[list[tuple[str, str]]]:
+    """For each row, so many of the different positives that come after its own, or all others there are."""
+    cells = [((text or "").strip() and text or "", path or "") for text, path in positives]
+    different = [cell for cell in dict.fromkeys(cells) if any(cell)]
+    places = {cell: place for place, cell in enumerate(different)}
+    count = min(wanted, len(different) - 1)
+    for cell in cells:
+        place = places.get(cell, -1)
+        yield [different[(place + 1 + step) % len(different)] for step in range(count)]
 
 
 def as_list(cell: Any) -> list[Any]:

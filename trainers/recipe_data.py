@@ -89,30 +89,38 @@ def made_entries(
         raise ValueError(f"data: {section} must give its entries by name; got {data.get(section)!r}.")
     for number, (name, entry) in enumerate(data[section].items()):
         source_name = name_source(data, entry, f"{section} {name}")
+        variants = entry.get("variants", 1)
+        if not isinstance(variants, int) or variants < 1:
+            raise ValueError(f"data: variants must be a whole number of 1 or more; {name} has {variants!r}.")
+        if entry.get("augment") and variants == 1:
+            raise ValueError(f"data: augment leaves the first variant as it is; give {name} 2 variants or more.")
         subsets = data["sources"][source_name].get("name")
         for subset in subsets if isinstance(subsets, list) else [None]:
             source = read(source_name, subset)
             if source is None:
                 continue
+            if isinstance(source, IterableDataset) and variants > 1:
+                raise ValueError(f"data: {name} is streamed, pass after pass, and has no variants.")
             columns = {column: value for column, value in entry.items() if column not in ENTRY_OPTIONS}
             if section == "contrastive" and not columns:
                 columns = {column: column for column in source.column_names if re.fullmatch(PAIR_COLUMN, column)}
-            variants = entry.get("variants", 1)
-            if not isinstance(variants, int) or variants < 1:
-                raise ValueError(f"data: variants must be a whole number of 1 or more; {name} has {variants!r}.")
-            if entry.get("augment") and variants == 1:
-                raise ValueError(f"data: augment leaves the first variant as it is; give {name} 2 variants or more.")
-            if isinstance(source, IterableDataset) and variants > 1:
-                raise ValueError(f"data: {name} is streamed, pass after pass, and has no variants.")
-            made = []
-            for variant in range(1 if evaluation else variants):
-                generator = np.random.default_rng((seed, number, variant))
-                rows = assemble(source, columns, generator)
-                if entry.get("augment") and variant:
-                    pictures = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-                    rows = augment_pictures(rows, pictures, seed=int(generator.integers(2**31)))
-                made.append(rows)
+            made = [
+                make_variant(source, columns, (seed, number, variant), augment=bool(entry.get("augment") and variant))
+                for variant in range(1 if evaluation else variants)
+            ]
             yield name if subset is None else f"{name}_{subset}", columns, made
+
+
+def make_variant(
+    source: Dataset | IterableDataset, columns: Mapping[str, str], seed: tuple[int, ...], *, augment: bool
+) -> Dataset | IterableDataset:
+    """One variant of an entry's rows: its samples of words, and if `augment` its pictures, changed, by the seed."""
+    generator = np.random.default_rng(seed)
+    rows = assemble(source, columns, generator)
+    if not augment:
+        return rows
+    pictures = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    return augment_pictures(rows, pictures, seed=int(generator.integers(2**31)))
 
 
 def name_source(data: Mapping[str, Any], entry: Mapping[str, Any], what: str) -> str:

@@ -118,10 +118,10 @@ trainer.accelerator.end_training()
 """
 
 
-def gradients_of(start, folder, processes, **options):
+def gradients_of(start, folder, processes, code=GRADIENTS, **options):
     folder.mkdir()
     script = folder / "train.py"
-    script.write_text(GRADIENTS)
+    script.write_text(code)
     run_python(script, start, folder, json.dumps(options), processes=processes)
     return load_file(folder / "gradients.safetensors"), json.loads((folder / "loss.json").read_text())
 
@@ -216,16 +216,18 @@ def test_pairs_with_images_on_one_process_and_texts_on_the_other(tmp_path, start
     ]
     features = Features({"query": kind, "positive": Value("string"), "negative_1": Value("string")})
     Dataset.from_list(pairs, features=features).to_parquet(str(start / "rows.parquet"))
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        (folder / "train.py").write_text(CONTRASTIVE_GRADIENTS)
-        settings = {**options, "seed": 42, "per_device_train_batch_size": 8 // processes}
-        run_python(folder / "train.py", start, folder, json.dumps(settings), processes=processes)
-        loss = json.loads((folder / "loss.json").read_text())
-        found.append((loss, load_file(folder / "gradients.safetensors")))
-    (loss, whole), (two_loss, two) = found
+    (whole, loss), (two, two_loss) = (
+        gradients_of(
+            start,
+            tmp_path / str(processes),
+            processes,
+            CONTRASTIVE_GRADIENTS,
+            seed=42,
+            per_device_train_batch_size=8 // processes,
+            **options,
+        )
+        for processes in (1, 2)
+    )
     assert two_loss == pytest.approx(loss, rel=1e-4)
     assert any("visual" in name for name in whole) and set(two) == set(whole)
     assert ("log_scale" in whole) == options.get("learnable_temperature", False)
