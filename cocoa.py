@@ -121,8 +121,9 @@ def mine(
     """
     Find hard negatives by a model itself: what it puts closest to a query besides the answer.
 
-    The vectors are kept in OUTPUT_DIR/vectors, so that a call after an interruption goes on. Train on the result with
-    a source {path: parquet, data_files: OUTPUT_DIR/NAME.parquet} and an entry {source: ...}.
+    The vectors are kept in OUTPUT_DIR/vectors, so that a call after an interruption goes on.
+
+    To train on the result: a source {path: parquet, data_files: OUTPUT_DIR/NAME.parquet}.
     """
     from evaluation.assets import find_file
     from modeling_cocoa.files import written_whole

@@ -39,4 +39,12 @@ def find_file(name: str) -> Path:
     Raises:
         FileNotFoundError: there is neither; says where it was looked for.
     """
-    return Path(name) if Path(name).exists() else asset_path(name)
+    if (path := Path(name)).exists():
+        return path
+    try:
+        return asset_path(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"There is no file {name}, neither from {Path.cwd()} on nor among what comes with this project; check the "
+            "path in the recipe."
+        ) from error

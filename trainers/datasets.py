@@ -161,7 +161,7 @@ def check_rows(rows: SequenceOf[Any], read: Callable[[Any], Any], name: str, on_
         try:
             read(rows[index])
         except ValueError as error:
-            problem = f"Row {index} of the {name} data: {error}"
+            problem = f"Row {index} of the {name} data: {getattr(error, 'reason', error)}"
             if on_bad_sample == "raise":
                 raise ValueError(f"{problem} Mend the row, or set on_bad_sample='skip'.") from error
             first = first or problem

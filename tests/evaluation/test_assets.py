@@ -22,3 +22,14 @@ def test_a_missing_asset_is_named_with_the_place_and_the_mend(tmp_path, monkeypa
     monkeypatch.setattr(assets, "INSTALLED", tmp_path)
     with pytest.raises(FileNotFoundError, match=f"checkpoints/none is not in {tmp_path}; install"):
         assets.asset_path("checkpoints/none")
+
+
+def test_a_recipes_file_is_the_users_own_or_the_projects_or_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.parquet").write_bytes(b"")
+    assert assets.find_file("mine.parquet").is_file()
+    assert assets.find_file("data/emoji.parquet") == assets.asset_path("data/emoji.parquet")
+    with pytest.raises(
+        FileNotFoundError, match=f"no file yours.parquet, neither from {tmp_path} .*path in the recipe"
+    ):
+        assets.find_file("yours.parquet")
