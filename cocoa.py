@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -114,29 +114,35 @@ def mine(
         float | None, typer.Option(help="The same as a part of the positive's cosine, such as 0.05.")
     ] = None,
     sampling: Annotated[
-        str, typer.Option(help="'top' takes the closest that are left, 'random' any of them.")
+        Literal["top", "random"], typer.Option(help="'top' takes the closest that are left, 'random' any of them.")
     ] = "top",
     batch_size: Annotated[int, typer.Option(min=1, help="Inputs embedded at once.")] = 32,
 ) -> None:
     """
     Find hard negatives by a model itself: what it puts closest to a query besides the answer.
 
-    The vectors are kept in OUTPUT_DIR/vectors, so that a call after an interruption goes on.
+    Prompts and the sizes of inputs are those of the recipe's contrastive stage. The vectors are kept in
+    OUTPUT_DIR/vectors, so that a call after an interruption goes on.
 
     To train on the result: a source {path: parquet, data_files: OUTPUT_DIR/NAME.parquet}.
     """
     from evaluation.assets import find_file
     from modeling_cocoa.files import written_whole
+    from trainers.contrastive_rows import IMAGE_SIZES, column_prompts, prompts_of
     from trainers.mining import load_encoder, mine_negatives
-    from trainers.recipe import Recipe, find_recipe
+    from trainers.recipe import Recipe, find_recipe, prompts_for_variants, stage_arguments
     from trainers.recipe_data import contrastive_data
 
     try:
         settings = Recipe.load(find_recipe(recipe))
         pairs = contrastive_data(settings.data, find_file, settings.seed)
-        encoder = load_encoder(model)
+        args = stage_arguments(settings, "contrastive")
+        prompts_for_variants(args, list(pairs))
+        prompts = column_prompts(args, pairs)
+        encoder = load_encoder(model, **args.processor_options())
         output_dir.mkdir(parents=True, exist_ok=True)
         for name, dataset in pairs.items():
+            own = prompts_of(prompts, name)
             found = mine_negatives(
                 encoder,
                 dataset,
@@ -148,6 +154,9 @@ def mine(
                 absolute_margin=absolute_margin,
                 relative_margin=relative_margin,
                 sampling_strategy=sampling,
+                query_prompt=own.get("query"),
+                target_prompt=own.get("positive"),
+                image_size=IMAGE_SIZES.get(args.image_resolution),
                 batch_size=batch_size,
                 seed=settings.seed,
             )

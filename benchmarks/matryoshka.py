@@ -41,7 +41,7 @@ def train_and_score(matryoshka: bool, work: Path, seed: int, max_steps: int | No
         values["stages"]["contrastive"]["matryoshka_dims"] = [width, *(width // part for part in LENGTHS)]
     if max_steps is not None:
         values["stages"]["contrastive"]["max_steps"] = max_steps
-    name = "matryoshka" if matryoshka else "plain"
+    name = f"{'matryoshka' if matryoshka else 'plain'}-seed-{seed}" + (f"-steps-{max_steps}" if max_steps else "")
     module = CocoaTransformer(run_recipe(arm_recipe(values, settings.arms[ARM], seed, work / name), find_file))
     emoji = load_emoji()
     seen = emoji.select(split_rows(emoji)["train"])

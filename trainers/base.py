@@ -25,14 +25,20 @@ from .adapters import PARTS
 from .checkpoints import last_checkpoint
 from .progress import LossProgressCallback
 
+MAX_LENGTH = 1280
+"""Tokens of an input where none are asked for and no processor is given."""
+
 
 @dataclass
 class SharedOptions:
     """What the configurations of all stages have: how rows become inputs, and which parts of the model train."""
 
     max_length: int | None = field(
-        default=1280,
-        metadata={"help": "Longest input (in the bridge: source or target), in tokens; text is cut, images never."},
+        default=None,
+        metadata={
+            "help": "Longest input (in the bridge: source or target), in tokens; text is cut, images never. By "
+            f"default {MAX_LENGTH}, or what a processor that is given has."
+        },
     )
     min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to this many pixels."})
     max_pixels: int | None = field(default=None, metadata={"help": "Larger images are reduced to this many pixels."})
@@ -63,7 +69,11 @@ class SharedOptions:
 
     def processor_options(self) -> dict[str, int | None]:
         """Arguments of [`CocoaProcessor.from_pretrained`]."""
-        return {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, "max_length": self.max_length}
+        return {
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "max_length": self.max_length or MAX_LENGTH,
+        }
 
 
 def check_choices(options: Any, *names: str) -> None:
@@ -74,8 +84,28 @@ def check_choices(options: Any, *names: str) -> None:
             raise ValueError(f"{name} must be one of {choices}; got {getattr(options, name)!r}.")
 
 
+def check_sizes(options: SharedOptions, processor: Any) -> None:
+    """Raise `ValueError` where sizes were asked for that a processor, which was given, does not have."""
+    size = processor.image_processor.size
+    has = {
+        "min_pixels": size["shortest_edge"],
+        "max_pixels": size["longest_edge"],
+        "max_length": processor.max_length,
+    }
+    for name, value in has.items():
+        if getattr(options, name) not in (None, value):
+            raise ValueError(
+                f"{name} is {getattr(options, name)}, and the processor that was given has {value}: load it with "
+                f"CocoaProcessor.from_pretrained(..., {name}={getattr(options, name)}), or leave {name} out."
+            )
+
+
 def is_complete(state: TrainerState, args: TrainingArguments) -> bool:
     """Whether a run with these arguments has nothing left to do in this state."""
+    patience = getattr(args, "early_stopping_patience", None)
+    stopper = state.stateful_callbacks.get("EarlyStoppingCallback")
+    if patience is not None and stopper and stopper["attributes"]["early_stopping_patience_counter"] >= patience:
+        return True
     if args.max_steps > 0:
         return state.global_step >= args.max_steps
     return state.epoch is not None and state.epoch >= args.num_train_epochs

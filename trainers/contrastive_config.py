@@ -93,7 +93,7 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
     sampling_alpha: float = field(
         default=1.0,
         metadata={
-            "help": "Datasets are drawn in proportion to their size to this power: 1 uses every row once, 0 all alike."
+            "help": "Datasets are drawn in proportion to their rows to this power: 1 uses every row once, 0 all alike."
         },
     )
     query_prompt: str | None | dict[str, str] = field(

@@ -58,8 +58,8 @@ def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -
     if args.false_negative_margin is not None:
         # Without its terms between queries and between targets it is InfoNCE, less the negatives that it drops. The
         # cached form always: the other takes one hard negative at most.
-        options.update(guide=model, temperature=args.temperature, margin=args.false_negative_margin + TIE)
-        loss = CachedGISTEmbedLoss(model, contrast_anchors=False, contrast_positives=False, **options)
+        options.update(guide=Guide(model), temperature=args.temperature, margin=args.false_negative_margin + TIE)
+        loss = SelfGuidedLoss(model, contrast_anchors=False, contrast_positives=False, **options)
     else:
         options["scale"] = 1 / args.temperature
         if args.symmetric:
@@ -72,6 +72,46 @@ def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -
     if args.learnable_temperature:
         loss = LearnedTemperatureLoss(loss, args.temperature)
     return loss
+
+
+class Guide(nn.Module):
+    """
+    A model as its own guide: without dropout, whose noise would hide that two targets are the same.
+
+    Args:
+        model ([`~sentence_transformers.SentenceTransformer`]).
+    """
+
+    def __init__(self, model: SentenceTransformer) -> None:
+        super().__init__()
+        self.models = (model,)  # in a tuple, so that its weights are not those of the loss a second time
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's."""
+        return self.models[0].tokenizer
+
+    @property
+    def max_seq_length(self) -> int:
+        """The model's."""
+        return self.models[0].max_seq_length
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Any]:
+        (model,) = self.models
+        training = model.training
+        model.eval()
+        try:
+            return model(features)
+        finally:
+            model.train(training)
+
+
+class SelfGuidedLoss(CachedGISTEmbedLoss):
+    """sentence-transformers' loss, in the memory of a matrix product."""
+
+    def sim_matrix(self, embed1: Tensor, embed2: Tensor) -> Tensor:
+        """Cosines of each with each, `(first, second)`; theirs has all pairs of vectors in memory at once."""
+        return nn.functional.normalize(embed1, dim=-1) @ nn.functional.normalize(embed2, dim=-1).T
 
 
 class LearnedTemperatureLoss(nn.Module):

@@ -35,7 +35,6 @@ class ContrastiveCollator(SentenceTransformerDataCollator):
 
     on_bad_sample: str = "raise"
     image_size: tuple[int, int] | None = None
-    skipped: int = 0
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -46,10 +45,10 @@ class ContrastiveCollator(SentenceTransformerDataCollator):
                     f"A row of this batch cannot be read: {error.reason} Mend it, or set on_bad_sample='skip'."
                 ) from error
         readable = [row for row in features if self._can_read(row)]
-        self.skipped += len(features) - len(readable)
         if not readable:
             raise ValueError("No row of this batch can be read.")
-        return self.check(readable)
+        # In the batch, since each worker of a data loader has a collator of its own.
+        return {**self.check(readable), "num_skipped": len(features) - len(readable)}
 
     def check(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """
@@ -145,9 +144,15 @@ def check_columns(name: str, dataset: Dataset | dict[str, Dataset] | None) -> No
         raise ValueError(f"{name} has no rows.")
 
 
-def with_negatives(dataset: Any, wanted: int | None, name: str) -> Any:
+def with_negatives(dataset: Any, wanted: int | None, name: str, at_most: bool = False) -> Any:
     """
     A dataset, or several, with so many of its columns of negatives.
+
+    Args:
+        dataset: One or several.
+        wanted (`int`, *optional*): How many; all where it is not given.
+        name (`str`): What the dataset is called.
+        at_most (`bool`, defaults to `False`): Take all there are where there are fewer.
 
     Raises:
         ValueError: there are fewer.
@@ -155,11 +160,25 @@ def with_negatives(dataset: Any, wanted: int | None, name: str) -> Any:
     if dataset is None or wanted is None:
         return dataset
     if isinstance(dataset, dict):
-        return type(dataset)({key: with_negatives(part, wanted, f"{name}[{key!r}]") for key, part in dataset.items()})
+        return type(dataset)(
+            {key: with_negatives(part, wanted, f"{name}[{key!r}]", at_most) for key, part in dataset.items()}
+        )
     found = len(dataset.column_names) - 2
+    if found < wanted and at_most:
+        wanted = found
     if found < wanted:
         raise ValueError(f"{name} has {found} negatives a row; num_hard_negatives is {wanted}.")
     return dataset.select_columns(dataset.column_names[: 2 + wanted])
+
+
+def check_evaluation(dataset: Any, args: CocoaContrastiveConfig) -> None:
+    """Raise `ValueError` where an evaluation set has no row for each process."""
+    parts = dataset if isinstance(dataset, dict) else {} if dataset is None else {"": dataset}
+    for name, part in parts.items():
+        if len(part) < args.world_size:
+            raise ValueError(
+                f"The evaluation dataset {name!r} has {len(part)} rows for {args.world_size} processes; give each one."
+            )
 
 
 def check_equal_rows(dataset: Any, args: CocoaContrastiveConfig, why: str) -> None:
@@ -188,6 +207,20 @@ def check_equal_rows(dataset: Any, args: CocoaContrastiveConfig, why: str) -> No
             raise ValueError(
                 f"With {why} and task_homogeneous=False all batches need the same size; set dataloader_drop_last=True."
             )
+
+
+def prompts_of(prompts: Any, dataset: str | None) -> dict[str, str]:
+    """
+    The prompts of a dataset by column, of the forms that sentence-transformers takes.
+
+    Args:
+        prompts (*optional*): One for all; or by column, by dataset, or by dataset and column.
+        dataset (`str`, *optional*): Its name.
+    """
+    own = prompts.get(dataset, prompts) if isinstance(prompts, dict) else prompts
+    if isinstance(own, str):
+        return {"query": own, "positive": own}
+    return {column: prompt for column, prompt in (own or {}).items() if isinstance(prompt, str)}
 
 
 def column_prompts(args: CocoaContrastiveConfig, dataset: Any) -> Any:

@@ -23,7 +23,7 @@ from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 from .adapters import below, load_checkpoint, merged, prepare_parts, save_adapter
-from .base import CocoaTrainerMixin, whole_weights
+from .base import CocoaTrainerMixin, check_sizes, whole_weights
 from .contrastive_config import CocoaContrastiveConfig
 from .contrastive_losses import LearnedTemperatureLoss, contrastive_loss
 from .contrastive_rows import (
@@ -31,6 +31,7 @@ from .contrastive_rows import (
     ContrastiveCollator,
     check_columns,
     check_equal_rows,
+    check_evaluation,
     column_prompts,
     readable_rows,
     with_negatives,
@@ -78,6 +79,9 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         args = args if args is not None else CocoaContrastiveConfig(output_dir="cocoa-contrastive")
         # Before adapters are drawn, so that the same seed is the same run.
         set_seed(args.seed)
+        self._evaluates = False
+        self._skipped_rows = 0
+        given = processing_class is not None or isinstance(model, SentenceTransformer)
         if isinstance(model, CocoaModelMixin):
             if processing_class is None:
                 raise ValueError("Give `processing_class` (a CocoaProcessor) together with a backbone in memory.")
@@ -94,17 +98,20 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
                 f"The model's modules are {[type(module).__name__ for module in model]}, not CocoaTransformer alone: "
                 "give the folder or name, and it is loaded as one."
             )
+        if given:
+            check_sizes(args, model[0].processor)
         model[0].touch_all = args.world_size > 1
         prepare_parts(model[0].model, args.freeze_parts, peft_config)
         check_columns("train_dataset", train_dataset)
         check_columns("eval_dataset", eval_dataset)
         train_dataset, eval_dataset = (
-            with_negatives(dataset, args.num_hard_negatives, name)
+            with_negatives(dataset, args.num_hard_negatives, name, at_most=name == "eval_dataset")
             for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
         )
+        check_evaluation(eval_dataset, args)
         if args.gather_across_devices:
             check_equal_rows(train_dataset, args, "gather_across_devices")
-        args.prompts = column_prompts(args, train_dataset)
+        args.prompts = column_prompts(args, train_dataset if train_dataset is not None else eval_dataset)
         collator = ContrastiveCollator(
             model.preprocess,
             prompts=args.prompts,
@@ -115,7 +122,11 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             readable_rows(dataset, collator, name, args)
             for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset))
         )
-        if args.evaluate_retrieval and evaluator is None:
+        if args.evaluate_retrieval:
+            if evaluator is not None:
+                raise ValueError(
+                    "evaluate_retrieval makes an evaluator, and another one was given; choose one of them."
+                )
             if eval_dataset is None:
                 raise ValueError("evaluate_retrieval needs an eval_dataset.")
             evaluator = retrieval_evaluator(
@@ -140,10 +151,13 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """None: the card is written by `save_cocoa`, and the callback would read the datasets to no purpose."""
 
-    def get_batch_sampler(self, dataset: Dataset, batch_size: int, *args: Any, **options: Any) -> GlobalBatchSampler:
+    def get_batch_sampler(
+        self, dataset: Dataset, batch_size: int, drop_last: bool, *args: Any, **options: Any
+    ) -> GlobalBatchSampler:
         """The rows of one dataset, in steps of all processes; see [`GlobalBatchSampler`]."""
         options["generator"] = torch.Generator()  # its own, whatever else is drawn between two of its batches
-        sampler = super().get_batch_sampler(dataset, batch_size * self.args.world_size, *args, **options)
+        drop_last = drop_last and not self._evaluates
+        sampler = super().get_batch_sampler(dataset, batch_size * self.args.world_size, drop_last, *args, **options)
         return GlobalBatchSampler(sampler, len(dataset), self.args.world_size)
 
     def get_multi_dataset_batch_sampler(
@@ -161,12 +175,40 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """The batches, which accelerate leaves on the CPU; see [`~CocoaContrastiveTrainer._prepare_inputs`]."""
         with self.left_on_cpu():
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+        # Of several processes each reads a shard of the sampler. On resuming, transformers and accelerate tell the
+        # epoch to the shard alone, and the sampler would begin with its first one again.
+        shard = loader.batch_sampler
+        if hasattr(inner := getattr(shard, "batch_sampler", None), "set_epoch"):
+            shard.set_epoch = inner.set_epoch
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The batches, which accelerate leaves on the CPU."""
-        with self.left_on_cpu():
-            return super().get_eval_dataloader(eval_dataset)
+        """The batches, which accelerate leaves on the CPU; the last one of a set too, whatever its size."""
+        self._evaluates = True
+        try:
+            with self.left_on_cpu():
+                return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self._evaluates = False
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """
+        The loss of each evaluation dataset, and what the evaluator finds; see [`~transformers.Trainer.evaluate`].
+
+        The evaluator runs once, with the same names during training and after it.
+        """
+        evaluator = self.evaluator
+        if self.is_in_train or eval_dataset is not None or evaluator is None or self.eval_dataset is None:
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        self.evaluator = None
+        try:
+            metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        finally:
+            self.evaluator = evaluator
+        found = self.evaluation_loop(DataLoader([]), description="Retrieval").metrics
+        self.log(found)
+        return {**metrics, **found}
 
     @contextmanager
     def left_on_cpu(self) -> Iterator[None]:
@@ -180,6 +222,10 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # The pixels of a large batch would fill the device; the model fetches a mini-batch's when it reads them.
+        skipped = inputs.get("num_skipped", 0)
+        if self.model.training:
+            self._skipped_rows += skipped
+        inputs = {name: value for name, value in inputs.items() if name != "num_skipped"}
         pixels = {name: value for name, value in inputs.items() if name.endswith(PIXELS)}
         rest = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in pixels})
         return {name: pixels.get(name, rest.get(name)) for name in inputs}
@@ -205,7 +251,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the number of rows left out, and a learned temperature, to a training log."""
         if "loss" in logs and self.data_collator.on_bad_sample == "skip":
-            logs["skipped_rows"] = self.data_collator.skipped
+            logs["skipped_rows"] = self._skipped_rows
         if "loss" in logs and isinstance(self.loss, LearnedTemperatureLoss):
             logs["temperature"] = self.loss.temperature.item()
         super().log(logs, *args, **kwargs)

@@ -14,8 +14,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-ANOTHER_PASS, ANOTHER_ROUND = 1_000_003, 998_244_353
-"""Between the epochs that two passes of the same one are drawn as: to fill up a short one, or to begin again."""
+ANOTHER_PASS, ANOTHER_ROUND, ANOTHER_DATASET = 1_000_003, 998_244_353, 715_225_741
+"""Between the epochs that passes of the same one are drawn as: to fill up a short one, to begin again, and of the next
+dataset, so that the same rows do not meet in several variants of an entry."""
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -38,6 +39,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __init__(self, sampler: DefaultBatchSampler, rows: int, processes: int) -> None:
         self.sampler = sampler
+        self.rows = rows
         self.processes = processes
         if type(sampler) is DefaultBatchSampler:
             last = rows % sampler.batch_size >= processes and not sampler.drop_last
@@ -100,7 +102,9 @@ class TaskBatchSampler(Sampler[list[int]]):
     """
     Steps of several datasets, drawn in proportion to their size to a power; an epoch has as many as all together.
 
-    Where a dataset is drawn more often than it has batches, it begins again in another order.
+    With a power of 1 an epoch takes every row once, whatever the size of the steps that they make. With another, a
+    dataset is drawn by its number of rows; where that is more often than it has batches, it begins again in another
+    order.
 
     Args:
         dataset ([`~torch.utils.data.ConcatDataset`]).
@@ -125,8 +129,10 @@ class TaskBatchSampler(Sampler[list[int]]):
         self.epoch = 0
         self.sampler = self  # accelerate passes the epoch on to a batch sampler's sampler
         self.at_once = batch_samplers[0].processes if homogeneous else 1
-        steps = [sampler.steps for sampler in batch_samplers]
-        self.draws = shares([count**alpha for count in steps], len(self) // self.at_once)
+        if alpha == 1:
+            self.draws = [len(sampler) // self.at_once for sampler in batch_samplers]
+        else:
+            self.draws = shares([sampler.rows**alpha for sampler in batch_samplers], len(self) // self.at_once)
 
     def set_epoch(self, epoch: int) -> None:
         """Have the next pass be that of another epoch."""
@@ -138,15 +144,16 @@ class TaskBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         drawn = torch.tensor([number for number, times in enumerate(self.draws) for _ in range(times)])
-        batches = [self.endless(sampler) for sampler in self.batch_samplers]
+        batches = [self.endless(number) for number in range(len(self.batch_samplers))]
         for number in drawn[torch.randperm(len(drawn), generator=generator)].tolist():
             for batch in islice(batches[number], self.at_once):
                 yield [index + self.offsets[number] for index in batch]
 
-    def endless(self, sampler: GlobalBatchSampler) -> Iterator[list[int]]:
+    def endless(self, number: int) -> Iterator[list[int]]:
         """The batches of a dataset, pass after pass."""
+        sampler = self.batch_samplers[number]
         for attempt in count():
-            sampler.set_epoch(self.epoch + attempt * ANOTHER_ROUND)
+            sampler.set_epoch(self.epoch + attempt * ANOTHER_ROUND + number * ANOTHER_DATASET)
             yield from sampler
 
 

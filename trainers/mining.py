@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from modeling_cocoa.files import written_whole
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
+from .contrastive_rows import stretched
 from .retrieval import digest
 from .rows import opened, undecoded
 
@@ -74,6 +75,7 @@ def mine_negatives(
     sampling_strategy: str = "top",
     query_prompt: str | None = None,
     target_prompt: str | None = None,
+    image_size: tuple[int, int] | None = None,
     batch_size: int = 32,
     seed: int = 42,
 ) -> Dataset:
@@ -95,6 +97,7 @@ def mine_negatives(
             by this part of it.
         sampling_strategy (`str`, defaults to `"top"`): `"top"` takes the closest that are left, `"random"` any.
         query_prompt, target_prompt (`str`, *optional*): Instructions.
+        image_size (`tuple[int, int]`, *optional*): Width and height that images are stretched to.
         batch_size (`int`, defaults to 32): Of encoding.
         seed (`int`, defaults to 42): Of `"random"`.
 
@@ -120,7 +123,9 @@ def mine_negatives(
         place = {key: offset + number for number, key in enumerate(firsts)}
         numbers[name] = [str(place[key]) for key in keys]
         inputs = [cells[row] for row in firsts.values()]
-        vectors.append(embed_resumably(model, inputs, Path(work_dir), f"{name} inputs", prompts[name], batch_size))
+        vectors.append(
+            embed_resumably(model, inputs, Path(work_dir), f"{name} inputs", prompts[name], batch_size, image_size)
+        )
         rows += firsts.values()
         offset += len(firsts)
     torch.manual_seed(seed)
@@ -150,13 +155,19 @@ def mine_negatives(
     return concatenate_datasets(columns, axis=1)
 
 
-def load_encoder(name_or_path: str) -> SentenceTransformer:
-    """A CoCoA checkpoint to embed with, on the GPU where there is one."""
-    return SentenceTransformer(modules=[CocoaTransformer(name_or_path)])
+def load_encoder(name_or_path: str, **options: Any) -> SentenceTransformer:
+    """A CoCoA checkpoint to embed with, on the GPU where there is one; `options` are [`CocoaTransformer`]'s."""
+    return SentenceTransformer(modules=[CocoaTransformer(name_or_path, **options)])
 
 
 def embed_resumably(
-    model: SentenceTransformer, inputs: list[Any], folder: Path, what: str, prompt: str | None, batch_size: int
+    model: SentenceTransformer,
+    inputs: list[Any],
+    folder: Path,
+    what: str,
+    prompt: str | None,
+    batch_size: int,
+    image_size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """
     The vectors of many inputs, kept in a folder as they come.
@@ -170,6 +181,7 @@ def embed_resumably(
         what (`str`): What the inputs are, for the progress bar.
         prompt (`str`, *optional*).
         batch_size (`int`).
+        image_size (`tuple[int, int]`, *optional*): Width and height that images are stretched to.
 
     Returns:
         `np.ndarray` of shape `(inputs, hidden)`, float32: unit vectors.
@@ -179,11 +191,13 @@ def embed_resumably(
     with tqdm(total=len(inputs), desc=f"Embedding {what}", unit="input") as progress:
         for first in range(0, len(inputs), CHUNK):
             part = inputs[first : first + CHUNK]
-            key = hashlib.sha256(json.dumps([known, prompt, [digest(cell) for cell in part]]).encode()).hexdigest()
+            key = hashlib.sha256(
+                json.dumps([known, prompt, image_size, [digest(cell) for cell in part]]).encode()
+            ).hexdigest()
             path = folder / f"{key[:32]}.npy"
             if not path.is_file():
                 vectors = model.encode(
-                    [opened(cell) for cell in part],
+                    [opened(cell) if image_size is None else stretched(opened(cell), image_size) for cell in part],
                     prompt=prompt or "",
                     batch_size=batch_size,
                     normalize_embeddings=True,

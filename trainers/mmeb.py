@@ -7,21 +7,19 @@ MMEB-train as published (`TIGER-Lab/MMEB-train`; VLM2Vec, arXiv 2410.05160), and
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, IterableDataset, Sequence, Value
+
+from evaluation.mmeb_texts import places_of
 
 PAIR_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 """Columns of a query and its positive."""
 
 NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
 """Columns of its negatives, which may be there as well."""
-
-IMAGE_MARKER = re.compile(r"\s*<\|image_\d+\|>\s*")
-"""Where a text says that its image stands, with the space around it."""
 
 CONVERSATION = [
     {"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string"), "image": Image()}]}
@@ -193,33 +191,3 @@ def as_list(cell: Any) -> list[Any]:
             return [cell]
         return written if all(isinstance(part, str) for part in written) else [cell]
     return list(cell) if isinstance(cell, (list, tuple)) else [cell] if cell else []
-
-
-def places_of(text: str | None, image_path: str | None, image_dir: Path) -> list[tuple[str | None, str | None]]:
-    """
-    One side of a pair, in order: an image's path or a text at each place.
-
-    Without a marker in the text the image comes first. The space around the marker goes, the rest of the text stays
-    as published.
-
-    Args:
-        text (`str`, *optional*), image_path (`str`, *optional*): Of the row; either may be empty.
-        image_dir (`Path`): The folder that the image path begins in.
-
-    Raises:
-        ValueError: the text marks an image that is not there, or several; the path leads out of the folder.
-    """
-    text = text or ""
-    texts = IMAGE_MARKER.split(text)
-    if len(texts) > 2:
-        raise ValueError(f"the text {text!r} marks {len(texts) - 1} images; each side has one at most.")
-    if not image_path:
-        if len(texts) > 1:
-            raise ValueError(f"the text {text!r} marks an image, and the row names none.")
-        return [(None, text)] if text.strip() else []
-    path = PurePosixPath(image_path)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"the image path {image_path!r} leads out of the folder of images.")
-    image = (str(image_dir / path), None)
-    before, after = texts if len(texts) > 1 else ("", text)
-    return [place for place in ((None, before), image, (None, after)) if place[0] or (place[1] or "").strip()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,20 +193,8 @@ def build_trainer(
         model_path (`str`, *optional*): The model that the stage before it saved; the recipe's own where there is none.
         find_file (`Callable`): From a data file's name in the recipe to its path.
     """
-    options = {
-        "output_dir": str(Path(recipe.output_dir) / stage),
-        "seed": recipe.seed,
-        "report_to": "none",
-        **recipe.stages[stage],
-    }
     is_contrastive = stage == "contrastive"
-    config_class = CocoaContrastiveConfig if is_contrastive else CocoaReconstructionConfig
-    if not is_contrastive:
-        options["stage"] = stage
-    for name in ("query_prompt", "target_prompt"):
-        if is_contrastive and isinstance(options.get(name), dict):
-            options[name] = for_variants(options[name], recipe.data)
-    (args,) = HfArgumentParser(config_class).parse_dict(options)
+    args = stage_arguments(recipe, stage)
     read = contrastive_data if is_contrastive else reconstruction_data
     with args.main_process_first(desc="reading the data"):
         train_dataset: Any = read(recipe.data, find_file, recipe.seed)
@@ -213,6 +202,7 @@ def build_trainer(
     if is_contrastive:
         train_dataset = DatasetDict(train_dataset)
         eval_dataset = eval_dataset and DatasetDict(eval_dataset)
+        prompts_for_variants(args, list(train_dataset))
     elif eval_dataset:
         eval_dataset = mix_datasets(eval_dataset, None, recipe.seed)
     with whole_weights(args):
@@ -228,13 +218,37 @@ def build_trainer(
     )
 
 
-def for_variants(prompts: dict[str, str], data: dict[str, Any]) -> dict[str, str]:
-    """Prompts by dataset, those of entries for all of their variants (`name_2`, ...)."""
-    found = dict(prompts)
-    for name, prompt in prompts.items():
-        variants = data["contrastive"].get(name, {}).get("variants", 1)
-        found.update({f"{name}_{number}": prompt for number in range(2, variants + 1)})
-    return found
+def stage_arguments(recipe: Recipe, stage: str) -> CocoaContrastiveConfig | CocoaReconstructionConfig:
+    """
+    The configuration of one stage.
+
+    Args:
+        recipe ([`Recipe`]).
+        stage (`str`): One of [`STAGES`].
+    """
+    options = {
+        "output_dir": str(Path(recipe.output_dir) / stage),
+        "seed": recipe.seed,
+        "report_to": "none",
+        **recipe.stages.get(stage, {}),
+    }
+    if stage != "contrastive":
+        options["stage"] = stage
+    config_class = CocoaContrastiveConfig if stage == "contrastive" else CocoaReconstructionConfig
+    (args,) = HfArgumentParser(config_class).parse_dict(options)
+    return args
+
+
+def prompts_for_variants(args: CocoaContrastiveConfig, datasets: list[str]) -> None:
+    """Give prompts of a dataset to all of its variants (`name_2`, ...) as well."""
+    for option in ("query_prompt", "target_prompt"):
+        prompts = getattr(args, option)
+        if not isinstance(prompts, dict):
+            continue
+        for name in datasets:
+            first = re.sub(r"_\d+$", "", name)
+            if name not in prompts and first in datasets and first in prompts:
+                prompts[name] = prompts[first]
 
 
 def load_model(recipe: Recipe, model_path: str | None, args: Any, find_file: FindFile) -> tuple[Any, Any, Any]:

@@ -95,6 +95,8 @@ def made_entries(
         if entry.get("augment") and variants == 1:
             raise ValueError(f"data: augment leaves the first variant as it is; give {name} 2 variants or more.")
         subsets = data["sources"][source_name].get("name")
+        if subsets == []:
+            raise ValueError(f"data: the source {source_name} lists no subset; name one or more, or leave name out.")
         for subset in subsets if isinstance(subsets, list) else [None]:
             source = read(source_name, subset)
             if source is None:
@@ -120,6 +122,10 @@ def make_variant(
     if not augment:
         return rows
     pictures = [column for column, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+    if not pictures:
+        raise ValueError(
+            f"data: augment changes columns of pictures, and there is none among {list(rows.features)}: leave it out."
+        )
     return augment_pictures(rows, pictures, seed=int(generator.integers(2**31)))
 
 

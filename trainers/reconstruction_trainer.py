@@ -31,7 +31,7 @@ from modeling_cocoa.reconstruction import (
 from modeling_cocoa.saving import save_cocoa
 
 from .adapters import below, load_checkpoint, load_weights, merged, prepare_parts, save_adapter
-from .base import CocoaTrainerMixin, whole_weights
+from .base import CocoaTrainerMixin, check_sizes, whole_weights
 from .batching import TokenBatchSampler, count_row_tokens
 from .collators import ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
 from .datasets import EpochSampler, ReconstructionDataset, check_rows, mix_datasets
@@ -96,6 +96,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             model = CocoaForReconstruction(model, **args.head_options())
         if processing_class is None:
             raise ValueError("Give `processing_class` (a CocoaProcessor) together with a model that is in memory.")
+        check_sizes(args, processing_class)
         attach_mask_token(model.model, processing_class.mask_token_id)
         prepare_parts(model.model, args.freeze_parts, peft_config)
         if peft_config is not None and model.lm_head is not None:

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SequentialEvaluator
 
-from .contrastive_rows import stretched
+from .contrastive_rows import prompts_of, stretched
 from .rows import opened, undecoded
 
 RANKS = (1, 5, 10)
@@ -34,15 +34,14 @@ def retrieval_evaluator(
     Args:
         datasets ([`~datasets.Dataset`] or a dict of them): With `query` and `positive`. Their images are held in
             memory.
-        prompts (*optional*): By column, or by dataset and column.
+        prompts (*optional*): One for all; or by column, by dataset, or by dataset and column.
         batch_size (`int`, defaults to 32): Of encoding.
         image_size (`tuple[int, int]`, *optional*): Width and height that images are stretched to.
     """
     parts = datasets if isinstance(datasets, dict) else {"": datasets}
     evaluators = []
     for name, dataset in parts.items():
-        own = prompts.get(name, prompts) if isinstance(prompts, dict) else {}
-        own = {column: prompt for column, prompt in own.items() if isinstance(prompt, str)}
+        own = prompts_of(prompts, name)
         dataset = dataset.cast(undecoded(dataset.features))
         queries: dict[str, Any] = {}
         corpus: dict[str, Any] = {}

@@ -143,6 +143,41 @@ def test_false_negatives_within_the_margin_are_dropped(tmp_path, model, processo
     check_gradients(found, {f"model.{n}": p.grad for n, p in trainer.model.named_parameters() if p.grad is not None})
 
 
+def test_dropout_does_not_hide_that_two_positives_are_the_same(tmp_path, model, processor, emoji):
+    """Three positives, 16 times each: every negative that equals the positive is dropped, whatever adapters add."""
+    names = [emoji[row % 3]["text"] for row in range(48)]
+    rows = Dataset.from_dict({"query": [f"{name} {row}" for row, name in enumerate(names)], "positive": names})
+    adapters = LoraConfig(r=4, lora_dropout=0.5, target_modules=["q_proj", "v_proj"])
+    trainer = CocoaContrastiveTrainer(
+        copy.deepcopy(model),
+        arguments(tmp_path, false_negative_margin=0.0, per_device_train_batch_size=48),
+        train_dataset=rows,
+        processing_class=processor,
+        peft_config=adapters,
+    )
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    trainer.model.train()
+    guide = trainer.loss.guide
+    features, _ = trainer.collect_features(trainer.data_collator([rows[index] for index in range(48)]))
+    one, other = (guide(features[1])["sentence_embedding"] for _ in range(2))
+    assert torch.equal(one, other) and trainer.model.training and guide.training
+    noisy = [trainer.model(features[1])["sentence_embedding"] for _ in range(2)]
+    assert not torch.allclose(*noisy, atol=1e-3), "else this test says nothing"
+    scores = trainer.loss.sim_matrix(one, one)
+    same = torch.tensor([[a == b for b in names] for a in names])
+    assert (scores[same] > 1 - 1e-6).all()
+
+
+def test_the_guided_loss_needs_no_more_than_a_matrix_of_cosines(tmp_path, model, processor, pairs):
+    trainer = trainer_of(model, processor, pairs, tmp_path, false_negative_margin=0.1)
+    one, other = torch.randn(5, 8), torch.randn(7, 8)
+    expected = torch.nn.functional.cosine_similarity(one[:, None], other[None], dim=-1)
+    torch.testing.assert_close(trainer.loss.sim_matrix(one, other), expected, atol=1e-6, rtol=0)
+
+
 def test_the_loss_is_infonce_at_the_temperature(tmp_path, model, processor, emoji):
     rows = mixed_rows(emoji)
     trainer = trainer_of(model, processor, rows, tmp_path, temperature=0.1)
@@ -287,7 +322,26 @@ def test_a_corrupt_picture_in_an_image_column_is_a_bad_row(tmp_path, model, proc
         trainer_of(model, processor, dataset, tmp_path, check_data=True)
     trainer = trainer_of(model, processor, dataset, tmp_path, on_bad_sample="skip", per_device_train_batch_size=2)
     trainer.train()
-    assert trainer.data_collator.skipped >= 1
+    assert trainer.state.log_history[0]["skipped_rows"] >= 1
+
+
+def test_rows_that_workers_leave_out_are_counted(tmp_path, model, processor):
+    dataset = Dataset.from_dict({"query": ["red", " ", "blue", "green"] * 4, "positive": ["a", "b", "c", "d"] * 4})
+    counts = []
+    for workers in (0, 1):
+        trainer = trainer_of(
+            copy.deepcopy(model),
+            processor,
+            dataset,
+            tmp_path,
+            on_bad_sample="skip",
+            per_device_train_batch_size=8,
+            logging_steps=1,
+            dataloader_num_workers=workers,
+        )
+        trainer.train()
+        counts.append([entry["skipped_rows"] for entry in trainer.state.log_history if "loss" in entry])
+    assert counts[0] == counts[1] and counts[0][1] == 4 and counts[0][3] == 8
 
 
 @pytest.mark.parametrize(
@@ -357,6 +411,10 @@ def test_the_best_checkpoint_by_retrieval_is_what_is_left(tmp_path, model, proce
     assert trainer.state.global_step < 30, "a score that does not rise stops the run"
     assert trainer.state.best_metric == max(scores) > scores[-1]
     found = trainer.evaluate()
+    ours = [name for name in found if "cosine" in name or "sequential" in name]
+    assert sorted(ours) == sorted(name for name in logs[0] if "cosine" in name or "sequential" in name)
+    assert found["eval_sequential_score"] == pytest.approx(trainer.state.best_metric)
+    assert {"eval_names_loss", "eval_styles_loss"} <= set(found)
     for metric in ("recall@1", "recall@10", "mrr@10", "ndcg@10"):
         for task in data:
             assert f"eval_{task}_cosine_{metric}" in logs[0]
@@ -366,8 +424,7 @@ def test_the_best_checkpoint_by_retrieval_is_what_is_left(tmp_path, model, proce
     )
     ranks = ((queries @ corpus.T) >= (queries * corpus).sum(1)[:, None] - 1e-6).sum(1)
     expected = float(np.mean(ranks <= 10))
-    recalls = [value for name, value in found.items() if name.endswith("names_cosine_recall@10")]
-    assert recalls and all(abs(value - expected) <= 1 / 64 for value in recalls)
+    assert abs(found["eval_names_cosine_recall@10"] - expected) <= 1 / 64
 
 
 def test_early_stopping_goes_on_counting(tmp_path, model, processor, pairs):
@@ -388,6 +445,66 @@ def test_early_stopping_goes_on_counting(tmp_path, model, processor, pairs):
 
     assert run(4, None) == 4
     assert run(12, True) == 6, "one more evaluation, and not two"
+    assert run(12, True) == 6, "a run that has stopped is at its end"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "query", "positive"),
+    [
+        ("Find it.", "Find it.", "Find it."),
+        ({"query": "Find it."}, "Find it.", None),
+        ({"names": "Find it."}, "Find it.", "Find it."),
+        ({"names": {"positive": "It."}}, None, "It."),
+        ({"styles": "Find it."}, None, None),
+    ],
+)
+def test_retrieval_has_the_prompts_of_training(tmp_path, model, processor, emoji, prompts, query, positive):
+    data = two_tasks(emoji)
+    options = {"evaluate_retrieval": True, "prompts": prompts}
+    trainer = CocoaContrastiveTrainer(
+        model, arguments(tmp_path, **options), train_dataset=data, eval_dataset=data, processing_class=processor
+    )
+    evaluator = trainer.evaluator.evaluators[0]
+    assert (evaluator.query_prompt, evaluator.corpus_prompt) == (query, positive)
+    batch = trainer.data_collator([{**data["names"][0], "dataset_name": "names"}])
+    for column, prompt in (("query", query), ("positive", positive)):
+        expected = trainer.model.preprocess([data["names"][0][column]], prompt=prompt)["input_ids"]
+        assert torch.equal(batch[f"{column}_input_ids"], expected)
+
+
+def test_an_evaluator_beside_retrieval_is_refused(tmp_path, model, processor, pairs):
+    with pytest.raises(ValueError, match="another one was given"):
+        CocoaContrastiveTrainer(
+            model,
+            arguments(tmp_path, evaluate_retrieval=True),
+            train_dataset=pairs,
+            eval_dataset=pairs,
+            processing_class=processor,
+            evaluator=retrieval_evaluator(pairs),
+        )
+
+
+@pytest.mark.parametrize("option", [{"max_length": 9}, {"max_pixels": 1024}, {"min_pixels": 64}])
+def test_sizes_that_a_given_processor_does_not_have_are_refused(tmp_path, model, processor, pairs, option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} is .*the processor that was given has"):
+        trainer_of(model, processor, pairs, tmp_path, **option)
+    whole = SentenceTransformer(modules=[CocoaTransformer(model, processor)])
+    with pytest.raises(ValueError, match=f"{name} is .*the processor that was given has"):
+        trainer_of(whole, None, pairs, tmp_path, **option)
+    trainer_of(model, processor, pairs, tmp_path, max_length=processor.max_length)
+
+
+def test_an_evaluation_set_may_have_fewer_negatives_and_rows_than_training(tmp_path, model, processor, emoji):
+    names = list(emoji["text"])
+    train = Dataset.from_dict({"query": names, "positive": names, "negative_1": names, "negative_2": names})
+    few = train.select(range(5)).remove_columns("negative_2")
+    options = {"num_hard_negatives": 2, "dataloader_drop_last": True, "per_device_eval_batch_size": 8}
+    trainer = CocoaContrastiveTrainer(
+        model, arguments(tmp_path, **options), train_dataset=train, eval_dataset=few, processing_class=processor
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert [len(batch["query_input_ids"]) for batch in trainer.get_eval_dataloader()] == [5]
 
 
 def test_prompts_go_to_queries_and_targets_of_their_dataset(tmp_path, model, processor, emoji):

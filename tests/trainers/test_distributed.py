@@ -126,6 +126,57 @@ def gradients_of(start, folder, processes, code=GRADIENTS, **options):
     return load_file(folder / "gradients.safetensors"), json.loads((folder / "loss.json").read_text())
 
 
+ROWS = """
+import json, os, sys
+from datasets import Dataset, DatasetDict
+from trainers import CocoaContrastiveConfig, CocoaContrastiveTrainer
+
+model, folder, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+stop = options.pop("stop", None)
+rows = Dataset.from_parquet(os.path.join(model, "rows.parquet"))
+data = rows.rename_columns({"text": "query", "image": "positive"}).select_columns(["query", "positive"])
+data = DatasetDict({"one": data.select(range(24)), "other": data.select(range(24, 48))})
+args = CocoaContrastiveConfig(
+    output_dir=os.path.join(folder, "run"), per_device_train_batch_size=4, save_strategy="steps", report_to="none",
+    use_cpu=True, disable_tqdm=True, check_data=False, seed=5, lr_scheduler_type="constant", **options
+)
+trainer = CocoaContrastiveTrainer(model, args, train_dataset=data)
+seen = {}
+step = trainer.training_step
+
+def watched(model, inputs, *rest, **more):
+    if trainer.state.global_step == stop:
+        os._exit(0)
+    seen[trainer.state.global_step] = inputs["query_input_ids"].tolist()
+    return step(model, inputs, *rest, **more)
+
+trainer.training_step = watched
+trainer.train(resume_from_checkpoint=True)
+with open(os.path.join(folder, f"rows-{args.process_index}.json"), "w") as file:
+    json.dump(seen, file)
+trainer.accelerator.wait_for_everyone()
+trainer.accelerator.end_training()
+"""
+
+
+def test_two_processes_that_stopped_in_a_later_epoch_go_on_with_its_rows(tmp_path, start):
+    """Two datasets of 24 rows, 8 a step: six steps an epoch, stopped after the eighth."""
+    found = []
+    for name, runs in (("whole", [{}]), ("resumed", [{"stop": 9}, {}])):
+        folder = tmp_path / name
+        folder.mkdir()
+        script = folder / "train.py"
+        script.write_text(ROWS)
+        for options in runs:
+            options = json.dumps({"max_steps": 12, "save_steps": 8, **options})
+            run_python(script, start, folder, options, processes=2)
+        found.append([json.loads((folder / f"rows-{index}.json").read_text()) for index in range(2)])
+    for whole, resumed in zip(*found, strict=True):
+        assert list(resumed) == ["8", "9", "10", "11"]
+        assert resumed == {step: whole[step] for step in resumed}
+        assert whole["2"] != whole["8"], "else this test says nothing"
+
+
 @pytest.mark.parametrize("stage", ["warmup", "bridge"])
 def test_texts_on_one_process_and_images_on_the_other(tmp_path, start, emoji, stage):
     """The gradients of one process with all the rows, and of one that takes them in two batches."""

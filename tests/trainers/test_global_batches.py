@@ -91,6 +91,32 @@ def test_datasets_are_drawn_by_their_size_to_a_power(alpha, expected):
         assert small[4:8] != small[:4], "in another order"
 
 
+def test_datasets_of_one_length_are_in_different_orders():
+    """As the variants of an entry are: a row shall not meet the same negatives in each."""
+    batches = list(task_sampler([32, 32], 8, 1))
+    of = [[{row % 32 for row in batch} for batch in batches if batch[0] // 32 == number] for number in (0, 1)]
+    assert len(of[0]) == len(of[1]) == 4 and not any(rows in of[1] for rows in of[0])
+
+
+def test_short_steps_do_not_make_a_dataset_be_drawn_more_often():
+    """A dataset of yes and no, without duplicates in a batch, has many steps of few rows."""
+
+    class Pairs(DefaultBatchSampler):
+        def __iter__(self):
+            order = list(self.sampler)
+            return iter([order[first : first + 2] for first in range(0, len(order), 2)])
+
+    def inner(kind, rows):
+        generator = torch.Generator()
+        return kind(RandomSampler(range(rows), generator=generator), 16, False, generator=generator, seed=0)
+
+    parts = [GlobalBatchSampler(inner(Pairs, 64), 64, 1), GlobalBatchSampler(inner(DefaultBatchSampler, 256), 256, 1)]
+    data = ConcatDataset([range(64), range(256)])
+    assert [part.steps for part in parts] == [32, 16]
+    assert TaskBatchSampler(data, parts, alpha=0.5).draws == [16, 32], "by 8 to 16, the roots of the rows"
+    assert TaskBatchSampler(data, parts, alpha=1.0).draws == [32, 16], "every row once"
+
+
 @given(st.lists(st.floats(0.01, 10), min_size=1, max_size=6), st.integers(0, 50))
 def test_shares_are_whole_and_within_one_of_the_exact_ones(weights, total):
     found = shares(weights, total)

@@ -114,7 +114,18 @@ def test_an_interruption_loses_one_chunk_and_no_vector_is_taken_from_another_mod
     assert fingerprint(shorter) != fingerprint(encoder)
 
 
-def test_the_command_writes_what_a_recipe_trains_on(tmp_path, model, processor, pairs):
+def test_the_command_writes_what_a_recipe_trains_on(tmp_path, model, processor, pairs, monkeypatch):
+    seen, lengths = [], set()
+    encode = SentenceTransformer.encode
+
+    def watched(self, inputs, **options):
+        if isinstance(self[0], CocoaTransformer):
+            seen.append((inputs, options))
+            lengths.clear()
+            lengths.add(self.max_seq_length)
+        return encode(self, inputs, **options)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", watched)
     save_cocoa(model, processor, tmp_path / "start")
     pairs.to_parquet(str(tmp_path / "pairs.parquet"))
     recipe = {
@@ -131,6 +142,19 @@ def test_the_command_writes_what_a_recipe_trains_on(tmp_path, model, processor, 
     command = ["mine-negatives", str(tmp_path / "start"), str(path), str(tmp_path / "hard")]
     result = CliRunner().invoke(cocoa.app, command)
     assert result.exit_code == 0, result.output
+    seen.clear()
+    recipe["stages"]["contrastive"].update(query_prompt={"names": "Find it."}, max_length=7, image_resolution="low")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    prompted = CliRunner().invoke(cocoa.app, command)
+    assert prompted.exit_code == 0, prompted.output
+    assert {options["prompt"] for _, options in seen} == {"Find it.", ""}
+    pictures = [cell for cells, options in seen for cell in cells if not options["prompt"]]
+    assert pictures[0][0]["content"][0]["image"].size == (128, 128)
+    assert lengths == {7}
+    for option in ("query_prompt", "max_length", "image_resolution"):
+        del recipe["stages"]["contrastive"][option]
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    result = CliRunner().invoke(cocoa.app, command)
     assert "names: 20 of 22 pairs have 2 negatives now." in result.output
     hard = load_dataset("parquet", data_files=str(tmp_path / "hard" / "names.parquet"), split="train")
     assert hard.column_names == ["query", "positive", "negative_1", "negative_2"]

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 import cocoa
 from modeling_cocoa.saving import save_cocoa
 from tests.trainers.conftest import ROOT, TEXT_CONFIG, VISION_CONFIG, run_python
+from trainers.contrastive_config import CocoaContrastiveConfig
 from trainers.from_scratch import build_model
-from trainers.recipe import Recipe, find_recipe, for_variants, run_recipe
+from trainers.recipe import Recipe, find_recipe, prompts_for_variants, run_recipe
 
 RECIPES = sorted((ROOT / "trainers" / "recipes").glob("*.yaml"))
 
@@ -247,6 +248,7 @@ def test_the_command_says_what_is_wrong():
 
 
 def test_a_prompt_by_dataset_is_for_all_of_its_variants():
-    data = {"contrastive": {"name": {"variants": 3}, "kind": {}}}
-    found = for_variants({"name": "Find it.", "kind": "What kind?"}, data)
-    assert found == {"name": "Find it.", "name_2": "Find it.", "name_3": "Find it.", "kind": "What kind?"}
+    args = CocoaContrastiveConfig("unused", query_prompt={"name": "Find it.", "mmeb_A": "In A."}, use_cpu=True)
+    prompts_for_variants(args, ["name", "name_2", "name_3", "kind", "mmeb_A", "mmeb_A_2", "mmeb_B_2", "other_2"])
+    expected = dict.fromkeys(["name", "name_2", "name_3"], "Find it.") | dict.fromkeys(["mmeb_A", "mmeb_A_2"], "In A.")
+    assert args.query_prompt == expected and args.target_prompt is None

@@ -137,6 +137,13 @@ def test_conversations_documents_and_paths_stay_as_they_are(tmp_path):
     [
         ("contrastive", {"a": {"query": "name", "variants": 0}}, {}, "variants must be a whole number.*a has 0"),
         ("contrastive", {"a": {"query": "noto", "augment": True}}, {}, "augment leaves the first variant.*give a"),
+        (
+            "contrastive",
+            {"a": {"query": "name", "positive": "name_de", "variants": 2, "augment": True}},
+            {},
+            "augment changes columns of pictures, and there is none among",
+        ),
+        ("contrastive", {"a": {"query": "noto", "positive": "name"}}, {"name": []}, "lists no subset"),
         ("contrastive", {"a": {"source": "other", "query": "name"}}, {}, "'other'; the sources are .'rows'"),
         ("contrastive", {"a": {"query": "caption"}}, {}, "no column .'caption'"),
         ("reconstruction", {"a": {"caption": "name"}}, {}, "a has unknown columns .'caption'.*'messages'"),

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The 36 tasks of MMEB-V1 (VLM2Vec, arXiv 2410.05160) as data, and what others have published on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["classification", "vqa", "retrieval", "grounding"]
+"""What the benchmark's means are taken over."""
+
+Form = Literal["classification", "question", "image_to_text", "text_to_image", "image_to_image"]
+"""How the texts of a task's queries and targets are built; see `evaluation/mmeb_texts.py`."""
+
+KINDS: dict[Kind, str] = {
+    "classification": "Classification",
+    "vqa": "VQA",
+    "retrieval": "Retrieval",
+    "grounding": "Grounding",
+}
+"""Kinds in the order of the published tables, with the heading of each."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    One task: queries, each with candidates of its own, the first of which is right.
+
+    Args:
+        name (`str`): As the benchmark's subsets are called.
+        kind (`str`): `"classification"`, `"vqa"`, `"retrieval"` or `"grounding"`.
+        form (`str`): `"classification"`, `"question"`, `"image_to_text"`, `"text_to_image"` or `"image_to_image"`.
+        in_domain (`bool`): Whether MMEB-train has a subset of the same name.
+        blank_line (`bool`, defaults to `False`): Whether one more newline ends the query.
+    """
+
+    name: str
+    kind: Kind
+    form: Form
+    in_domain: bool
+    blank_line: bool = False
+
+
+def _tasks(kind: Kind, form: Form, in_domain: str, out_of_domain: str = "") -> list[Task]:
+    named = [(name, True) for name in in_domain.split()] + [(name, False) for name in out_of_domain.split()]
+    return [Task(name, kind, form, known, blank_line=name == "VisDial") for name, known in named]
+
+
+MMEB_V1: tuple[Task, ...] = (
+    *_tasks(
+        "classification",
+        "classification",
+        "ImageNet-1K N24News HatefulMemes VOC2007 SUN397",
+        "Place365 ImageNet-A ImageNet-R ObjectNet Country211",
+    ),
+    *_tasks(
+        "vqa",
+        "question",
+        "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W",
+        "ScienceQA VizWiz GQA TextVQA",
+    ),
+    *_tasks("retrieval", "text_to_image", "VisDial"),
+    *_tasks("retrieval", "image_to_image", "CIRR"),
+    *_tasks("retrieval", "text_to_image", "VisualNews_t2i"),
+    *_tasks("retrieval", "image_to_text", "VisualNews_i2t"),
+    *_tasks("retrieval", "text_to_image", "MSCOCO_t2i"),
+    *_tasks("retrieval", "image_to_text", "MSCOCO_i2t"),
+    *_tasks("retrieval", "image_to_image", "NIGHTS"),
+    *_tasks("retrieval", "text_to_image", "WebQA"),
+    *_tasks("retrieval", "image_to_image", "", "OVEN FashionIQ"),
+    *_tasks("retrieval", "text_to_image", "", "EDIS Wiki-SS-NQ"),
+    *_tasks("grounding", "image_to_image", "MSCOCO", "RefCOCO RefCOCO-Matching Visual7W-Pointing"),
+)
+"""All tasks, in the order of the published tables."""
+
+
+def find_tasks(names: Sequence[str] | None, tasks: Sequence[Task]) -> list[Task]:
+    """
+    The tasks of some names, in the order of the table.
+
+    Args:
+        names (`Sequence[str]`, *optional*): Names of tasks or of kinds; all tasks where none is given.
+        tasks (`Sequence[Task]`): Those there are.
+
+    Raises:
+        ValueError: there is none of a name; lists those there are.
+    """
+    if not names:
+        return list(tasks)
+    known = {task.name for task in tasks} | {task.kind for task in tasks}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"There is no task {', '.join(map(repr, unknown))}; there are "
+            f"{', '.join(task.name for task in tasks)}, and for all of a kind "
+            f"{', '.join(kind for kind in KINDS if kind in known)}."
+        )
+    return [task for task in tasks if task.name in names or task.kind in names]
+
+
+@dataclass(frozen=True)
+class Published:
+    """
+    What a model scored on all 36 tasks, in percent, and who says so.
+
+    Args:
+        model (`str`).
+        billions (`float`): Of parameters.
+        overall, classification, vqa, retrieval, grounding (`float`): Means over tasks.
+        source (`str`).
+    """
+
+    model: str
+    billions: float
+    overall: float
+    classification: float
+    vqa: float
+    retrieval: float
+    grounding: float
+    source: str
+
+
+PUBLISHED_AS_OF = "November 2026"
+"""When the figures below were read off their sources."""
+
+_BOARD, _SELF = "the benchmark's leaderboard", "the benchmark's leaderboard, self-reported"
+
+PUBLISHED: tuple[Published, ...] = (
+    Published("VLM2Vec (Qwen2-VL-2B, LoRA, high resolution)", 2.21, 59.3, 59.0, 49.4, 65.4, 73.4, _BOARD),
+    Published("VLM2Vec (Qwen2-VL-7B, LoRA, high resolution)", 8.29, 65.8, 62.6, 57.8, 69.9, 81.7, _BOARD),
+    Published("gme-Qwen2-VL-2B-Instruct", 2.21, 55.8, 56.9, 41.2, 67.8, 53.4, _SELF),
+    Published("mmE5-mllama-11b-instruct", 10.6, 69.8, 67.6, 62.6, 71.0, 89.6, _SELF),
+    Published("LLaVE-2B", 1.95, 65.2, 62.1, 60.2, 65.2, 84.9, _SELF),
+    Published("LLaVE-7B", 8.03, 70.3, 65.7, 65.4, 70.9, 91.9, _SELF),
+    Published("UniME (LLaVA-OneVision-7B, LoRA)", 8.03, 70.7, 66.8, 66.6, 70.5, 90.9, _SELF),
+    Published("B3 Qwen2-VL-2B", 2.21, 68.1, 67.0, 61.19, 70.85, 79.88, "model card of Ops-MM-embedding-v1-2B"),
+    Published("QQMM-embed", 8.297, 72.175, 70.07, 69.52, 71.175, 87.075, _SELF),
+    Published("Qwen3-VL-Embedding-2B (image part of MMEB-V2)", 2, 75.0, 70.3, 74.3, 74.8, 88.5, "its README"),
+    Published("Qwen3-VL-Embedding-8B (image part of MMEB-V2)", 8, 80.1, 74.2, 81.1, 80.0, 92.2, "its README"),
+)
