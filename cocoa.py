@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -165,6 +167,127 @@ def mine(
             typer.echo(f"{name}: {len(found)} of {len(dataset)} pairs have {num_negatives} negatives now.")
     except (FileNotFoundError, ValueError) as error:
         typer.secho(f"cocoa mine-negatives: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+evaluation_app = typer.Typer(
+    help="Score models on MMEB-V1's 36 tasks, or on emoji in the same layout.", no_args_is_help=True
+)
+app.add_typer(evaluation_app, name="eval")
+
+Models = Annotated[
+    list[str] | None, typer.Option("--model", help="Folder or Hub name of a CoCoA checkpoint; may be repeated.")
+]
+Baselines = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--baseline", help="Any other model that SentenceTransformer loads, for comparison; may be repeated."
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--tasks", help="Only this task, or all of this kind (such as grounding); may be repeated."),
+]
+Output = Annotated[Path, typer.Option(help="Folder for vectors, scores, report, chart and pages.")]
+Resolution = Annotated[
+    Literal["high", "mid", "low"] | None,
+    typer.Option(help="Stretch images to 1344, 672 or 128 pixels a side, as the model was trained."),
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Inputs at once; by default as many as memory suits.")]
+
+
+@evaluation_app.command("mmeb")
+def evaluate_on_mmeb(
+    data: Annotated[
+        str, typer.Option(help="Folder with a subfolder for each task, or Hub name (TIGER-Lab/MMEB-eval).")
+    ],
+    images: Annotated[Path, typer.Option(help="Folder that the image paths begin in: images.zip, unpacked.")],
+    model: Models = None,
+    baseline: Baselines = None,
+    tasks: Tasks = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many rows of each task; a partial score.")] = None,
+    on_bad_row: Annotated[
+        Literal["raise", "skip"], typer.Option(help="'skip' counts rows that cannot be scored; a partial score.")
+    ] = "raise",
+    resolution: Resolution = None,
+    batch_size: BatchSize = None,
+    revision: Annotated[str | None, typer.Option(help="Of the models on the Hub.")] = None,
+    output_dir: Output = Path("mmeb"),
+) -> None:
+    """
+    MMEB-V1's score, by the protocol of the benchmark's own evaluator.
+
+    Both published layouts are read: TIGER-Lab/MMEB-eval and ziyjiang/MMEB_Test_Instruct. Each distinct input is
+    embedded once and kept, so that a call after an interruption goes on. Several GPUs share the work: accelerate
+    launch -m cocoa eval mmeb ...
+    """
+    from evaluation.mmeb_tasks import MMEB_V1, PUBLISHED, find_tasks
+    from evaluation.run_mmeb import run_mmeb
+
+    with said_in_red("cocoa eval mmeb"):
+        run_mmeb(
+            model or [],
+            baseline or [],
+            find_tasks(tasks, MMEB_V1),
+            data,
+            images,
+            output_dir,
+            benchmark="MMEB-V1",
+            of_tasks=len(MMEB_V1),
+            published=PUBLISHED,
+            limit=limit,
+            on_bad_row=on_bad_row,
+            resolution=resolution,
+            batch_size=batch_size,
+            revision=revision,
+        )
+
+
+@evaluation_app.command("emoji")
+def evaluate_on_emoji(
+    model: Models = None,
+    baseline: Baselines = None,
+    tasks: Tasks = None,
+    queries: Annotated[int, typer.Option(min=1, help="Of each task at most.")] = 250,
+    resolution: Resolution = None,
+    batch_size: BatchSize = None,
+    output_dir: Output = Path("emoji"),
+) -> None:
+    """
+    The same on emoji, with no download: six tasks, on concepts seen in training (IND) and on held-out ones (OOD).
+
+    The tasks are written to OUTPUT_DIR/data in MMEB-V1's layout. Without --model and --baseline: the tiny checkpoint.
+    """
+    from evaluation.assets import asset_path
+    from evaluation.demo import CHECKPOINT
+    from evaluation.emoji_tasks import EMOJI_TASKS, write_emoji_tasks
+    from evaluation.mmeb_tasks import find_tasks
+    from evaluation.run_mmeb import run_mmeb
+
+    with said_in_red("cocoa eval emoji"):
+        chosen = find_tasks(tasks, EMOJI_TASKS)
+        folder = write_emoji_tasks(output_dir / "data", queries)
+        run_mmeb(
+            model or ([] if baseline else [str(asset_path(CHECKPOINT))]),
+            baseline or [],
+            chosen,
+            str(folder),
+            folder / "images",
+            output_dir,
+            benchmark="Emoji in MMEB-V1's layout",
+            of_tasks=len(EMOJI_TASKS),
+            resolution=resolution,
+            batch_size=batch_size,
+        )
+
+
+@contextmanager
+def said_in_red(command: str) -> Iterator[None]:
+    """Within it, an error that a user can mend is said in a line, and ends the command."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # FileNotFoundError is the first of them
+        typer.secho(f"{command}: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
 
 

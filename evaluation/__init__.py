@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Retrieval on the embedded emoji set: metrics, untrained baselines, the demo and its page."""
+"""MMEB-V1 and the embedded emoji set: tasks, protocol, metrics, untrained baselines, reports, the demo."""

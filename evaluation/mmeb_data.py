@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation data of MMEB-V1 in both layouts that it is published in, as queries and candidates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+
+from .mmeb_tasks import Task
+from .mmeb_texts import Places, places_of, query_text, target_name, target_texts
+
+V1_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+"""Of `TIGER-Lab/MMEB-eval`: the instruction is inside the texts, the marker where the image stands."""
+
+INSTRUCT_COLUMNS = (*V1_COLUMNS, "qry_inst", "tgt_inst")
+"""Of `ziyjiang/MMEB_Test_Instruct`, which the benchmark's current evaluator reads: instructions apart."""
+
+
+class Item(NamedTuple):
+    """
+    A query or a candidate as it is encoded.
+
+    Args:
+        places (`tuple`): An image's path or a text at each place.
+    """
+
+    places: tuple[tuple[str | None, str | None], ...]
+
+    @property
+    def image(self) -> str | None:
+        """Path of its image, if it has one."""
+        return next((image for image, _ in self.places if image is not None), None)
+
+    @property
+    def text(self) -> str:
+        """Its texts, joined."""
+        return "\n".join(text for _, text in self.places if text is not None)
+
+
+@dataclass
+class TaskData:
+    """
+    What a task asks.
+
+    Args:
+        task ([`Task`]).
+        queries (`dict[int, Item]`): By row.
+        candidates (`dict[str, Item]`): By name: those of one name are one candidate, as its first row has it.
+        lists (`dict[int, list[str]]`): By row, the names of its candidates; the first is right.
+        has_instructions (`bool`): Whether the layout is that of the benchmark's current evaluator.
+        bad_rows (`dict[int, str]`): What is wrong with the rows that are left out.
+    """
+
+    task: Task
+    has_instructions: bool
+    queries: dict[int, Item] = field(default_factory=dict)
+    candidates: dict[str, Item] = field(default_factory=dict)
+    lists: dict[int, list[str]] = field(default_factory=dict)
+    bad_rows: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        """All rows that were read, those left out among them."""
+        return len(self.queries) + len(self.bad_rows)
+
+    def leave_out(self, row: int, reason: str) -> None:
+        """Count a row as bad; its candidates stay."""
+        del self.queries[row], self.lists[row]
+        self.bad_rows[row] = reason
+
+
+class BadRowError(ValueError):
+    """A row of a task that cannot be scored; names both, and how to go on without it."""
+
+    def __init__(self, task: str, row: int, reason: str) -> None:
+        super().__init__(
+            f"Row {row} of {task}: {reason} Mend the data, or go on without such rows with --on-bad-row skip, which "
+            "marks the score as partial."
+        )
+
+
+def read_task(
+    task: Task,
+    source: str,
+    image_dir: str | Path,
+    *,
+    limit: int | None = None,
+    on_bad_row: str = "raise",
+) -> TaskData:
+    """
+    Read a task's rows.
+
+    Args:
+        task ([`Task`]).
+        source (`str`): Folder with a subfolder of parquet or JSON-lines files for each task, or the name of a dataset
+            on the Hub.
+        image_dir (`str` or `Path`): The folder that image paths begin in.
+        limit (`int`, *optional*): Only so many rows, the first ones.
+        on_bad_row (`str`, defaults to `"raise"`): `"skip"` leaves rows out that cannot be scored.
+
+    Raises:
+        FileNotFoundError: there are no such data, or there is no folder of images.
+        ValueError: the file is empty, or a column is missing.
+        BadRowError: a row has no candidates, the right one is empty, its lists differ in length, or an image is
+            marked that is not there.
+    """
+    dataset = load_rows(task.name, source)
+    columns = dataset.column_names
+    if missing := [name for name in V1_COLUMNS if name not in columns]:
+        raise ValueError(f"{task.name} in {source} lacks the columns {missing}; it has {columns}.")
+    folder = Path(image_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder} of images; name it with --images.")
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    data = TaskData(task, has_instructions=set(INSTRUCT_COLUMNS) <= set(columns))
+    for row, values in enumerate(dataset):
+        try:
+            query, names = _read_row(data, values, folder)
+        except ValueError as error:
+            if on_bad_row != "skip":
+                raise BadRowError(task.name, row, str(error)) from error
+            data.bad_rows[row] = str(error)
+            continue
+        data.queries[row] = query
+        data.lists[row] = names
+    if not data.queries:
+        reason = next(iter(data.bad_rows.values()))
+        raise ValueError(f"{task.name} in {source} has no row that can be scored; the first: {reason}")
+    return data
+
+
+def load_rows(name: str, source: str) -> Dataset:
+    """
+    The rows of a task, from a folder or the Hub.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: the file is empty.
+    """
+    if (folder := Path(source)).is_dir():
+        for ending, builder in ((".parquet", "parquet"), (".jsonl", "json")):
+            if files := sorted(str(path) for path in (folder / name).glob(f"*{ending}")):
+                sizes = [
+                    pq.read_metadata(path).num_rows if builder == "parquet" else os.path.getsize(path)
+                    for path in files
+                ]
+                if not any(sizes):  # of which datasets says something that does not help
+                    raise ValueError(f"{name} in {source} has no rows; download it again.")
+                return load_dataset(builder, data_files=files, split="train")
+        there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise FileNotFoundError(
+            f"There are no rows of {name} in {source}: no file {name}/*.parquet or {name}/*.jsonl. Its folders are "
+            f"{there}."
+        )
+    try:
+        return load_dataset(source, name, split="test")
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{source} is neither a folder nor a dataset that can be had from the Hub ({error}); name the folder with "
+            "--data."
+        ) from error
+
+
+def _read_row(data: TaskData, row: Mapping[str, Any], folder: Path) -> tuple[Item, list[str]]:
+    """A row's query and the names of its candidates; those of a new name are added to the task's."""
+    task = data.task
+    query, image = row["qry_text"] or "", row["qry_img_path"] or ""
+    texts = [text or "" for text in row["tgt_text"] or []]
+    images = [path or "" for path in row["tgt_img_path"] or []]
+    if data.has_instructions:
+        query = query_text(task, row["qry_inst"] or "", query)
+        shown = target_texts(task, row["tgt_inst"] or "", texts, images)
+        if task.form not in ("text_to_image", "image_to_image"):
+            images = [""] * len(texts)
+        elif len(shown) != len(texts):
+            texts = [""] * len(shown)  # one blank caption stands for all
+        names = [target_name(task, *pair) for pair in zip(texts, images, strict=False)]  # compared below
+    else:
+        shown, names = texts, [f"{path}\n{text}" for text, path in zip(texts, images, strict=False)]
+    if not shown or not images:
+        raise ValueError("it has no candidates, and so not the right one either.")
+    if len(shown) != len(images):
+        raise ValueError(f"it has {len(shown)} texts of candidates and {len(images)} images of them.")
+    asked = places_of(query, image, folder)
+    if not asked:
+        raise ValueError("its query is empty.")
+    new: dict[str, Item] = {}
+    for position, name in enumerate(names):
+        if name in data.candidates or name in new:
+            continue
+        places: Places = places_of(shown[position], images[position], folder)
+        if not places:
+            which = "the right candidate, its first," if position == 0 else f"candidate {position}"
+            raise ValueError(f"{which} is empty.")
+        new[name] = Item(tuple(places))
+    data.candidates.update(new)
+    return Item(tuple(asked)), names

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores in MMEB-V1's form: tables in Markdown beside published figures, a bar chart, a page of hits and misses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from PIL import Image
+
+from modeling_cocoa.inputs import load_image
+
+from .gallery import STYLE, data_url
+from .mmeb import Scores, TaskScore
+from .mmeb_data import Item, TaskData
+from .mmeb_tasks import KINDS, PUBLISHED_AS_OF, Published
+from .ranking import Ranking
+
+MEANS = {**KINDS, "in_domain": "IND", "out_of_domain": "OOD", "overall": "Overall"}
+"""Columns of the table of means."""
+
+SHOWN = 12
+"""Queries of each kind, hits and misses, on a page ..."""
+FOUND = 4
+"""... and candidates of each."""
+THUMBNAIL = (144, 144)
+
+PAGE_STYLE = """
+.asked { display: flex; gap: 1rem; align-items: center; margin: 0 0 0.8rem; }
+.asked img { max-width: 144px; border-radius: 10px; border: 1px solid var(--line); }
+.asked p { margin: 0; white-space: pre-line; overflow-wrap: anywhere; color: var(--text); }
+figure img { width: auto; max-width: 144px; height: auto; max-height: 144px; padding: 4px; }
+figure.right { outline: 2px solid #2e9e5b; border-radius: 12px; padding: 6px; }
+figcaption { overflow-wrap: anywhere; }
+"""
+
+
+def markdown_report(scores: Sequence[Scores], published: Sequence[Published] = ()) -> str:
+    """
+    Tables of means and of tasks.
+
+    Args:
+        scores (`Sequence[Scores]`): One a model, of the same tasks.
+        published (`Sequence[Published]`): Others' figures, for comparison.
+    """
+    lines = [f"# {scores[0].benchmark}", "", "Precision@1 in percent; means are plain means over tasks.", ""]
+    lines += [f"| Model | {' | '.join(MEANS.values())} | Source |", "|---|" + "---:|" * len(MEANS) + "---|"]
+    for of_model in scores:
+        means = of_model.means()
+        cells = ["–" if means[name] is None else f"**{means[name]:.1f}**" for name in MEANS]
+        note = f"measured; {len(of_model.tasks)} of {of_model.of_tasks} tasks"
+        lines.append(f"| {of_model.model} | {' | '.join(cells)} | {note}{', partial' * of_model.is_partial} |")
+    for other in published:
+        values = {kind: getattr(other, kind) for kind in KINDS} | {"overall": other.overall}
+        cells = [f"{values[name]:.1f}" if name in values else "–" for name in MEANS]
+        lines.append(f"| {other.model} ({other.billions:g}B) | {' | '.join(cells)} | {other.source} |")
+    if published:
+        lines += ["", f"Published figures as of {PUBLISHED_AS_OF}."]
+    if any(of_model.is_partial for of_model in scores):
+        lines += ["", "**Partial**: tasks or rows are missing, so these means are no score of the benchmark."]
+    lines += ["", "## By task", ""]
+    names = " | ".join(of_model.model for of_model in scores)
+    lines += [f"| Task | Kind | | {names} |", "|---|---|---|" + "---:|" * len(scores)]
+    for place, task in enumerate(scores[0].tasks):
+        cells = [task_cell(of_model.tasks[place]) for of_model in scores]
+        domain = "IND" if task.in_domain else "OOD"
+        lines.append(f"| {task.task} | {KINDS[task.kind]} | {domain} | {' | '.join(cells)} |")
+    if any(task.ties for of_model in scores for task in of_model.tasks):
+        lines += ["", "In brackets: the score if every tie went against the model."]
+    return "\n".join(lines) + "\n"
+
+
+def task_cell(task: TaskScore) -> str:
+    """A task's score, with what ties and rows that were left out make of it."""
+    text = f"{task.precision_at_1:.1f}"
+    if task.ties:
+        text += f" ({task.precision_at_1_ties_against:.1f})"
+    if task.skipped_rows:
+        text += f", {task.skipped_rows} rows skipped"
+    return text
+
+
+def draw_chart(scores: Sequence[Scores], published: Sequence[Published], path: Path) -> None:
+    """
+    A bar chart of the means by kind and over all.
+
+    Args:
+        scores (`Sequence[Scores]`), published (`Sequence[Published]`): As in [`markdown_report`].
+        path (`Path`): PNG file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    names = [name for name in [*KINDS, "overall"] if any(of_model.means()[name] is not None for of_model in scores)]
+    bars = [(of_model.model, of_model.means(), True) for of_model in scores]
+    bars += [(other.model, {name: getattr(other, name) for name in names}, False) for other in published]
+    figure = Figure(figsize=(10, 1.2 + 0.16 * len(names) * (len(bars) + 1)), layout="constrained")
+    axes = figure.subplots()
+    height = 0.85 / len(bars)
+    for number, (label, means, is_ours) in enumerate(bars):
+        places = [group + (number - (len(bars) - 1) / 2) * height for group in range(len(names))]
+        values = [means[name] or 0.0 for name in names]
+        ours = sum(mine for *_, mine in bars[: number + 1])
+        color = f"C{ours - 1}" if is_ours else str(0.55 + 0.3 * (number - len(scores)) / max(len(published), 1))
+        axes.barh(places, values, height * 0.92, label=label, color=color)
+        for place, name in zip(places, names, strict=True):
+            if means[name] is not None:
+                axes.text(means[name] + 0.5, place, f"{means[name]:.1f}", va="center", fontsize=6)
+    axes.set_yticks(range(len(names)), [MEANS[name] for name in names])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("Precision@1, percent")
+    axes.set_title(scores[0].benchmark + (" (partial)" if any(of_model.is_partial for of_model in scores) else ""))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def render_page(model: str, score: TaskScore, data: TaskData, rankings: dict[int, Ranking]) -> str:
+    """
+    One HTML file of a task's hits and misses, with pictures inside.
+
+    Args:
+        model (`str`): Its name.
+        score ([`TaskScore`]), data ([`TaskData`]), rankings (`dict[int, Ranking]`): Of the task.
+    """
+    misses = [row for row, ranking in rankings.items() if ranking.rank > 1]
+    hits = [row for row, ranking in rankings.items() if ranking.rank == 1]
+    parts = []
+    for title, rows in (("Misses", misses), ("Hits", hits)):
+        chosen = rows[:: max(1, len(rows) // SHOWN)][:SHOWN]
+        parts.append(f"<h2>{title}: {len(chosen)} of {len(rows):,}</h2>")
+        parts += [render_ranking(data, row, rankings[row]) for row in chosen]
+    title = f"{score.task}: {score.precision_at_1:.1f} %"
+    left_out = f", {score.skipped_rows} rows left out" if score.skipped_rows else ""
+    about = (
+        f"{model}. Precision@1 of {score.queries:,} queries{left_out}; Recall@10 {score.recall_at_10:.1f} %. The "
+        "right candidate is framed."
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{STYLE}{PAGE_STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{escape(title)}</h1>
+<p>{escape(about)}</p>
+{"".join(parts)}
+</main>
+</body>
+</html>
+"""
+
+
+def render_ranking(data: TaskData, row: int, ranking: Ranking) -> str:
+    """A query, the best candidates, and the right one where it is not among them."""
+    query, right = data.queries[row], data.lists[row][0]
+    shown = list(zip(ranking.found[:FOUND], ranking.scores, range(1, FOUND + 1), strict=False))
+    if right not in ranking.found[:FOUND]:
+        shown.append((right, ranking.right_score, ranking.rank))
+    figures = "".join(
+        f'<li><figure class="{"right" if name == right else ""}">{render_image(data.candidates[name])}'
+        f"<figcaption>{escape(data.candidates[name].text.strip()[:200])}"
+        f'<span class="score">{place}. {score:.3f}</span></figcaption></figure></li>'
+        for name, score, place in shown
+    )
+    asked = f'<div class="asked">{render_image(query)}<p>{escape(query.text.strip()[:600])}</p></div>'
+    return f'<section class="card">{asked}<ol class="found">{figures}</ol></section>\n'
+
+
+def render_image(item: Item) -> str:
+    """An item's image, small; nothing where it has none."""
+    if item.image is None:
+        return ""
+    picture = load_image(item.image)
+    picture.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
+    return f'<img alt="{escape(os.path.basename(item.image))}" src="{data_url(picture)}">'

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vectors of many inputs, each computed once and kept in a folder as they come."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from safetensors.numpy import load, save
+from tqdm.auto import tqdm
+
+from modeling_cocoa.files import written_whole
+from modeling_cocoa.inputs import CocoaInputError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CHUNK = 1024
+"""Inputs whose vectors are kept together: what an interruption may lose."""
+
+
+class VectorStore:
+    """
+    Vectors by key, in a folder that several processes may add to.
+
+    A file is named by the digest of what it holds: one that was damaged is found by its name, and its vectors count as
+    missing. Keep one folder for each model; see [`fingerprint`].
+
+    Args:
+        folder (`Path`): Need not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._vectors: dict[str, np.ndarray] = {}
+        self._files: set[Path] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what other processes have added."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path in self._files:
+                continue
+            content = path.read_bytes()
+            if _digest(content) != path.stem:
+                logger.warning("%s is damaged; what it held is computed again.", path)
+                path.unlink(missing_ok=True)
+                continue
+            held = load(content)
+            keys = [bytes(key).hex() for key in held["keys"]]
+            self._vectors.update(zip(keys, held["vectors"], strict=True))
+            self._files.add(path)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._vectors
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def __getitem__(self, keys: Sequence[str]) -> np.ndarray:
+        """The vectors of some keys, `(keys, hidden)`, float32."""
+        return np.stack([self._vectors[key] for key in keys])
+
+    def add(self, keys: Sequence[str], vectors: np.ndarray) -> None:
+        """
+        Keep some vectors, on disk before this returns.
+
+        Args:
+            keys (`Sequence[str]`): Digests as hexadecimal digits, all of one length.
+            vectors (`np.ndarray` of shape `(keys, hidden)`).
+
+        Raises:
+            ValueError: a vector is not all numbers.
+        """
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        if not np.isfinite(vectors).all():
+            raise ValueError("The model gives vectors that are not numbers; check its weights and dtype.")
+        digits = np.stack([np.frombuffer(bytes.fromhex(key), dtype=np.uint8) for key in keys])
+        content = save({"keys": digits, "vectors": vectors})
+        path = self.folder / f"{_digest(content)}.safetensors"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as partial:
+            partial.write_bytes(content)
+        self._vectors.update(zip(keys, vectors, strict=True))
+        self._files.add(path)
+
+
+def embed_missing(
+    encode: Callable[[list[T]], np.ndarray],
+    inputs: Mapping[str, T],
+    store: VectorStore,
+    *,
+    title: str,
+    process_index: int = 0,
+    num_processes: int = 1,
+    skip: Callable[[T, str], None] | None = None,
+    readable: Callable[[T], None] | None = None,
+    show_progress_bar: bool = True,
+) -> int:
+    """
+    Compute the vectors of those inputs that a store does not have.
+
+    Inputs are embedded in chunks that depend on `inputs` alone, so that a run that was interrupted, or is shared by
+    other processes, ends with the same vectors bit by bit as far as the model itself does.
+
+    Args:
+        encode (`Callable`): Gives the unit vectors of a list of inputs.
+        inputs (`Mapping`): By key, a digest of all that decides the input's vector besides the model.
+        store ([`VectorStore`]).
+        title (`str`): What the inputs are, for the progress bar.
+        process_index, num_processes (`int`): Take every so-many-th chunk.
+        skip (`Callable`, *optional*): Told each input that cannot be read, with the reason; by default that raises.
+        readable (`Callable`, *optional*): Raises `CocoaInputError` where an input cannot be read, at less cost than
+            `encode`; used to find all bad ones of a chunk that has one.
+        show_progress_bar (`bool`, defaults to `True`).
+
+    Returns:
+        `int`: How many vectors were computed.
+
+    Raises:
+        CocoaInputError: an input cannot be read; its position is the one in `inputs`.
+    """
+    keys = list(inputs)
+    chunks = range(process_index * CHUNK, len(keys), num_processes * CHUNK)
+    total = sum(min(CHUNK, len(keys) - first) for first in chunks)
+    computed = 0
+    with tqdm(total=total, desc=title, unit="input", disable=not show_progress_bar) as progress:
+        for first in chunks:
+            chunk = keys[first : first + CHUNK]
+            missing = [key for key in chunk if key not in store]
+            progress.update(len(chunk) - len(missing))
+            while missing:
+                try:
+                    vectors = encode([inputs[key] for key in missing])
+                except CocoaInputError as error:
+                    if error.position is None:
+                        raise
+                    bad = {missing[error.position]: error}
+                    if skip is None:
+                        position = first + chunk.index(next(iter(bad)))
+                        raise CocoaInputError(error.reason, position) from error
+                    for key in missing if readable else ():
+                        try:
+                            readable(inputs[key])
+                        except CocoaInputError as other:
+                            bad[key] = other
+                    for key, found in bad.items():
+                        skip(inputs[key], found.reason)
+                    progress.update(len(bad))
+                    missing = [key for key in missing if key not in bad]
+                    continue
+                store.add(missing, vectors)
+                progress.update(len(missing))
+                computed += len(missing)
+                break
+    return computed
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """
+    A name for what decides a model's vectors: its weights, how it reads inputs, and the libraries that run it.
+
+    Args:
+        model ([`~torch.nn.Module`]): A sentence-transformers model or module.
+    """
+    summary = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        summary.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        summary.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for part in (model, *model.children()):
+        summary.update(_reading_of(part).encode())
+    summary.update(repr([_version(name) for name in LIBRARIES]).encode())
+    return summary.hexdigest()
+
+
+LIBRARIES = ("cocoa-embed", "sentence-transformers", "torch", "transformers")
+
+
+def _reading_of(module: Any) -> str:
+    """Settings of a module that are not in its weights: configuration, processors, tokenizer, template."""
+    found: list[Any] = [type(module).__qualname__, getattr(module, "max_seq_length", None)]
+    if (backbone := getattr(module, "auto_model", None)) is not None:
+        found += [type(backbone).__qualname__, backbone.config.to_json_string()]
+    elif hasattr(module, "get_config_dict"):
+        found.append(json.dumps(module.get_config_dict(), sort_keys=True, default=str))
+    processor = getattr(module, "processor", None)
+    for part in (processor, *(getattr(processor, name, None) for name in ("image_processor", "video_processor"))):
+        if hasattr(part, "to_json_string"):
+            found.append(part.to_json_string())
+    found += [getattr(processor, name, None) for name in ("prompt", "chat_template")]
+    tokenizer = getattr(module, "tokenizer", None)
+    if hasattr(tokenizer, "backend_tokenizer"):
+        found.append(tokenizer.backend_tokenizer.to_str())
+    return repr(found)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:40]
