@@ -129,8 +129,9 @@ def mine(
     To train on the result: a source {path: parquet, data_files: OUTPUT_DIR/NAME.parquet}.
     """
     from evaluation.assets import find_file
+    from evaluation.mmeb_tasks import IMAGE_SIZES
     from modeling_cocoa.files import written_whole
-    from trainers.contrastive_rows import IMAGE_SIZES, column_prompts, prompts_of
+    from trainers.contrastive_rows import column_prompts, prompts_of
     from trainers.mining import load_encoder, mine_negatives
     from trainers.recipe import Recipe, find_recipe, prompts_for_variants, stage_arguments
     from trainers.recipe_data import contrastive_data

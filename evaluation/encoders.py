@@ -16,10 +16,8 @@ from modeling_cocoa.inputs import CocoaInputError, load_image
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 from .mmeb_data import Item
+from .mmeb_tasks import IMAGE_SIZES
 from .vectors import fingerprint
-
-RESOLUTIONS = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}
-"""Width and height that images are stretched to; the benchmark's names for them (VLM2Vec)."""
 
 MIN_SIDE, ENLARGED = 28, (56, 56)
 """An image with a shorter side is stretched to this size, as the benchmark's evaluator does."""
@@ -54,8 +52,8 @@ class Encoder:
         resolution: str | None = None,
         batch_size: int | None = None,
     ) -> None:
-        if resolution is not None and resolution not in RESOLUTIONS:
-            raise ValueError(f"There is no resolution {resolution!r}; choose of {list(RESOLUTIONS)}, or none.")
+        if resolution is not None and resolution not in IMAGE_SIZES:
+            raise ValueError(f"There is no resolution {resolution!r}; choose of {list(IMAGE_SIZES)}, or none.")
         self.name = label(name)
         self.resolution = resolution
         self.batch_size = batch_size
@@ -76,7 +74,7 @@ class Encoder:
         Raises:
             CocoaInputError: an image cannot be read; names its position.
         """
-        size = RESOLUTIONS[self.resolution] if self.resolution else None
+        size = IMAGE_SIZES[self.resolution] if self.resolution else None
         if self.is_cocoa:
             return self.model.encode(_Inputs(items, size), batch_size=self.batch_size)
         inputs = _Inputs(items, size, as_messages=self.model.supports("message"))

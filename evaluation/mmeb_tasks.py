@@ -22,6 +22,10 @@ KINDS: dict[Kind, str] = {
 """Kinds in the order of the published tables, with the heading of each."""
 
 
+IMAGE_SIZES = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}
+"""Width and height that images are stretched to, by the benchmark's names (VLM2Vec's `image_resolution`)."""
+
+
 @dataclass(frozen=True)
 class Task:
     """

@@ -16,9 +16,6 @@ from .contrastive_config import CocoaContrastiveConfig
 from .datasets import check_rows
 from .rows import opened, undecoded
 
-IMAGE_SIZES = {"high": (1344, 1344), "mid": (672, 672), "low": (128, 128)}
-"""VLM2Vec's `image_resolution`, in pixels."""
-
 
 @dataclass
 class ContrastiveCollator(SentenceTransformerDataCollator):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
+from evaluation.mmeb_tasks import IMAGE_SIZES
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.saving import save_cocoa
@@ -27,7 +28,6 @@ from .base import CocoaTrainerMixin, check_sizes, whole_weights
 from .contrastive_config import CocoaContrastiveConfig
 from .contrastive_losses import LearnedTemperatureLoss, contrastive_loss
 from .contrastive_rows import (
-    IMAGE_SIZES,
     ContrastiveCollator,
     check_columns,
     check_equal_rows,

@@ -17,17 +17,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
 from sentence_transformers.util import mine_hard_negatives
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from modeling_cocoa.files import written_whole
+from evaluation.vectors import VectorStore, embed_missing, fingerprint
+from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 from .contrastive_rows import stretched
 from .retrieval import digest
 from .rows import opened, undecoded
-
-CHUNK = 512
-"""Inputs whose vectors are kept together: what an interruption may lose."""
 
 
 class Lookup(InputModule):
@@ -111,6 +108,7 @@ def mine_negatives(
         raise ValueError(
             f"Pairs have the columns 'query' and 'positive'; {missing} are not in {dataset.column_names}."
         )
+    store = VectorStore(Path(work_dir) / fingerprint(model)[:16])
     sides = {name: dataset.select_columns([name]) for name in ("query", "positive")}
     prompts = {"query": query_prompt, "positive": target_prompt}
     numbers, rows, vectors, offset = {}, [], [], 0
@@ -124,7 +122,15 @@ def mine_negatives(
         numbers[name] = [str(place[key]) for key in keys]
         inputs = [cells[row] for row in firsts.values()]
         vectors.append(
-            embed_resumably(model, inputs, Path(work_dir), f"{name} inputs", prompts[name], batch_size, image_size)
+            embed_cells(
+                model,
+                inputs,
+                store,
+                title=f"Embedding {name} inputs",
+                prompt=prompts[name],
+                batch_size=batch_size,
+                image_size=image_size,
+            )
         )
         rows += firsts.values()
         offset += len(firsts)
@@ -160,64 +166,47 @@ def load_encoder(name_or_path: str, **options: Any) -> SentenceTransformer:
     return SentenceTransformer(modules=[CocoaTransformer(name_or_path, **options)])
 
 
-def embed_resumably(
+def embed_cells(
     model: SentenceTransformer,
-    inputs: list[Any],
-    folder: Path,
-    what: str,
+    cells: list[Any],
+    store: VectorStore,
+    *,
+    title: str,
     prompt: str | None,
     batch_size: int,
     image_size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """
-    The vectors of many inputs, kept in a folder as they come.
-
-    They are found again for the same model, prompt and inputs only.
+    The vectors of many inputs, kept in a store as they come.
 
     Args:
         model ([`~sentence_transformers.SentenceTransformer`]).
-        inputs (`list`): Images not decoded.
-        folder (`Path`).
-        what (`str`): What the inputs are, for the progress bar.
+        cells (`list`): Inputs, images not decoded.
+        store ([`VectorStore`]): Of this model.
+        title (`str`): What they are, for the progress bar.
         prompt (`str`, *optional*).
         batch_size (`int`).
         image_size (`tuple[int, int]`, *optional*): Width and height that images are stretched to.
 
     Returns:
         `np.ndarray` of shape `(inputs, hidden)`, float32: unit vectors.
+
+    Raises:
+        CocoaInputError: an input cannot be read.
     """
-    known = fingerprint(model)
-    chunks = []
-    with tqdm(total=len(inputs), desc=f"Embedding {what}", unit="input") as progress:
-        for first in range(0, len(inputs), CHUNK):
-            part = inputs[first : first + CHUNK]
-            key = hashlib.sha256(
-                json.dumps([known, prompt, image_size, [digest(cell) for cell in part]]).encode()
-            ).hexdigest()
-            path = folder / f"{key[:32]}.npy"
-            if not path.is_file():
-                vectors = model.encode(
-                    [opened(cell) if image_size is None else stretched(opened(cell), image_size) for cell in part],
-                    prompt=prompt or "",
-                    batch_size=batch_size,
-                    normalize_embeddings=True,
-                    convert_to_numpy=True,
-                )
-                folder.mkdir(parents=True, exist_ok=True)
-                with written_whole(path) as partial, open(partial, "wb") as file:
-                    np.save(file, vectors.astype(np.float32))
-            chunks.append(np.load(path, allow_pickle=False))
-            progress.update(len(part))
-    return np.concatenate(chunks)
 
+    def encode(part: list[Any]) -> np.ndarray:
+        try:
+            return model.encode(
+                [opened(cell) if image_size is None else stretched(opened(cell), image_size) for cell in part],
+                prompt=prompt or "",
+                batch_size=batch_size,
+                normalize_embeddings=True,
+                convert_to_numpy=True,
+            )
+        except CocoaInputError as error:  # whose position is the one in a batch
+            raise CocoaInputError(error.reason) from error
 
-def fingerprint(model: SentenceTransformer) -> str:
-    """A name for what decides a model's vectors: its weights, and how it reads inputs."""
-    summary = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        summary.update(name.encode())
-        summary.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    processor = getattr(model[0], "processor", None)
-    sizes = [getattr(getattr(processor, part, None), "size", None) for part in ("image_processor", "video_processor")]
-    summary.update(repr([sizes, getattr(processor, "prompt", None), model.max_seq_length]).encode())
-    return summary.hexdigest()
+    keys = [hashlib.sha256(json.dumps([prompt, image_size, digest(cell)]).encode()).hexdigest() for cell in cells]
+    embed_missing(encode, dict(zip(keys, cells, strict=True)), store, title=title)
+    return store[keys]

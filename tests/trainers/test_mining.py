@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hard negatives: those a plain ranking finds, of pictures as of texts; nothing embedded twice, nothing mixed up."""
 
-import copy
-
 import numpy as np
 import pytest
-import torch
 import yaml
 from datasets import Dataset, load_dataset
 from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
 import cocoa
+from evaluation.vectors import VectorStore
+from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
-from trainers import mining
-from trainers.mining import embed_resumably, fingerprint, mine_negatives
+from trainers.mining import embed_cells, mine_negatives
 from trainers.rows import undecoded
 
 
@@ -79,39 +77,30 @@ def test_conditions_that_nothing_meets_are_an_error(tmp_path, encoder, pairs):
         mine_negatives(encoder, pairs.rename_column("query", "text"), tmp_path)
 
 
-def test_an_interruption_loses_one_chunk_and_no_vector_is_taken_from_another_model(
-    tmp_path, encoder, pairs, monkeypatch
-):
-    monkeypatch.setattr(mining, "CHUNK", 5)
-    texts = list(pairs["query"])[:20]
+def test_vectors_are_kept_and_not_taken_for_those_of_another_prompt_or_size(tmp_path, encoder, pairs, monkeypatch):
+    cells = list(pairs["query"])[:20]
     calls = []
     encode = type(encoder).encode
 
     def counted(self, inputs, **options):
-        if len(calls) == 2:
-            raise KeyboardInterrupt
         calls.append(len(inputs))
         return encode(self, inputs, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(type(encoder), "encode", counted)
-        with pytest.raises(KeyboardInterrupt):
-            embed_resumably(encoder, texts, tmp_path, "texts", None, 8)
-    assert len(list(tmp_path.glob("*.npy"))) == 2 and not list(tmp_path.glob(".partial*"))
-    calls.clear()
-    monkeypatch.setattr(type(encoder), "encode", lambda *args, **options: calls.append(1) or encode(*args, **options))
-    vectors = embed_resumably(encoder, texts, tmp_path, "texts", None, 8)
-    assert len(calls) == 2
-    np.testing.assert_allclose(vectors, encode(encoder, texts), atol=1e-5)
-    embed_resumably(encoder, texts, tmp_path, "texts", "Find.", 8)
-    assert len(calls) == 6, "another prompt"
-    other = copy.deepcopy(encoder)
-    with torch.no_grad():
-        other[0].model.language_model.norm.weight[0] += 1e-3
-    assert fingerprint(other) != fingerprint(encoder) == fingerprint(copy.deepcopy(encoder))
-    shorter = copy.deepcopy(encoder)
-    shorter[0].processor.tokenizer.model_max_length = 9
-    assert fingerprint(shorter) != fingerprint(encoder)
+    monkeypatch.setattr(type(encoder), "encode", counted)
+
+    def embed(cells, **options):
+        options = {"title": "texts", "prompt": None, "batch_size": 8, **options}
+        return embed_cells(encoder, cells, VectorStore(tmp_path), **options)
+
+    vectors = embed(cells)
+    np.testing.assert_allclose(vectors, encode(encoder, cells), atol=1e-5)
+    np.testing.assert_array_equal(embed(cells[::-1]), vectors[::-1])
+    assert calls == [20]
+    embed(cells, prompt="Find.")
+    embed(cells, image_size=(64, 64))
+    assert calls == [20, 20, 20]
+    with pytest.raises(CocoaInputError, match="^the text is empty"):
+        embed(["a", " "])
 
 
 def test_the_command_writes_what_a_recipe_trains_on(tmp_path, model, processor, pairs, monkeypatch):
