@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
+import pytest
 from datasets import Dataset
+from PIL import Image
+from sentence_transformers import SentenceTransformer
 
 from tests.trainers.conftest import EMOJI, ROOT, run_python
 
@@ -36,3 +41,23 @@ def test_finetuning_on_a_folder_of_pictures(tmp_path):
     assert len(found) == 3 and names[0] in found
     assert (tmp_path / "model" / "final" / "modules.json").is_file()
     assert run_python(script, tmp_path / "pictures", *options).splitlines()[-3:] == printed.splitlines()[-3:]
+
+
+def test_a_checkpoint_is_scored_by_mteb(tmp_path):
+    """Recall@10 and nDCG@10 are those of the vectors; the result says who the model is."""
+    pytest.importorskip("mteb")
+    names = write_pictures(tmp_path / "pictures", "train", 60)
+    folder = ROOT / "checkpoints" / "cocoa-tiny"
+    options = ["--model", folder, "--pictures", tmp_path / "pictures", "--output", tmp_path / "results"]
+    printed = run_python(ROOT / "examples" / "evaluate_with_mteb.py", *options, "--name", "org/cocoa-tiny")
+    score = float(re.search(r"PicturesByText: ndcg_at_10 (\d+\.\d+)", printed).group(1))
+    model = SentenceTransformer(str(folder), device="cpu")
+    pictures = [Image.open(tmp_path / "pictures" / f"{place}.png") for place in range(60)]
+    similarity = model.encode_query(names) @ model.encode_document(pictures).T
+    ranks = (similarity >= similarity.diagonal()[:, None]).sum(1)
+    expected = 100 * sum(1 / np.log2(rank + 1) for rank in ranks if rank <= 10) / 60
+    assert score == pytest.approx(expected, abs=0.02) and score > 50
+    (file,) = (tmp_path / "results").rglob("PicturesByText.json")
+    found = json.loads(file.read_text())["scores"]["test"][0]
+    assert found["recall_at_10"] == pytest.approx((ranks <= 10).mean(), abs=1e-4)
+    assert "org__cocoa-tiny" in str(file)
