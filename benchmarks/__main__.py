@@ -25,6 +25,7 @@ from modeling_cocoa.files import written_whole
 
 from .compact import bench_compact
 from .encode import bench_encode
+from .evaluation import bench_evaluation
 from .gradcache import bench_gradcache
 from .growth import bench_growth
 from .models import device, save_118m
@@ -45,6 +46,10 @@ def parts_of(folder: Path, items: int, rows: int, repeats: int) -> dict[str, tup
         "contrastive": ("118M parameters, contrastive step", lambda: bench_contrastive(folder, rows, repeats)),
         "gradcache": ("cocoa-tiny, memory of a contrastive step", lambda: alone(bench_gradcache, TINY)),
         "growth": ("118M parameters, growth", lambda: alone(bench_growth, folder, 2 * items, min(repeats, 3))),
+        "evaluation": (
+            "118M parameters, evaluation",
+            lambda: bench_evaluation(folder, items // 2, min(repeats, 3)),
+        ),
         "compact": ("cocoa-tiny, short and quantized vectors", lambda: bench_compact(TINY)),
         "precision": (
             "118M parameters (speed), cocoa-tiny (accuracy)",

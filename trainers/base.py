@@ -180,6 +180,17 @@ class CocoaTrainerMixin:
                 "rows, or lower the learning rate, and train with resume_from_checkpoint=True."
             )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Write the model's folder; see [`~transformers.Trainer.save_model`].
+
+        After a run that had ended there is no DeepSpeed engine, whose parts transformers would put together.
+        """
+        if self.is_deepspeed_enabled and self.model_wrapped is self.model:
+            self._save(output_dir)
+            return
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:  # transformers calls this in every process
             return

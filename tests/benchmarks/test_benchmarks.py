@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
 from benchmarks.encode import bench_encode
+from benchmarks.evaluation import bench_evaluation
 from benchmarks.measure import PeakMemory
 from benchmarks.operations import embedding_operations, text_operations, vision_operations
 from benchmarks.train import bench_contrastive, bench_pretraining
@@ -51,6 +52,12 @@ def test_operations_of_images_are_those_that_torch_counts(module):
     found = counted(module, lambda: module.model.get_image_features(pixels, grid))
     assert vision_operations(module.model, grid) == pytest.approx(found, rel=0.02)
     assert vision_operations(module.model, None) == 0
+
+
+def test_the_evaluation_is_measured_on_the_inputs_that_it_embeds():
+    numbers = bench_evaluation(TINY, 2, 1)["held-out emoji tasks"]
+    assert numbers["evaluation"]["inputs"] == numbers["embedding alone"]["inputs"] > 500
+    assert 0 < numbers["ratio"]["seconds"] < 10
 
 
 def test_the_last_layer_costs_less_for_the_eos_alone(module):

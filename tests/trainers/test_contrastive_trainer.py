@@ -236,6 +236,11 @@ def test_a_run_that_had_ended_makes_no_further_step(tmp_path, model, processor, 
     assert again.train(resume_from_checkpoint=True).global_step == 3
     for name, value in whole.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
+    again.is_deepspeed_enabled = True  # of which a run that makes no step has no engine
+    again.save_model(str(tmp_path / "final"))
+    saved = CocoaTransformer(str(tmp_path / "final"))
+    for name, value in whole.model[0].model.state_dict().items():
+        assert torch.equal(saved.model.state_dict()[name], value), name
 
 
 def test_a_saved_model_gives_the_trained_vectors_through_the_stock_door(tmp_path, model, processor, pairs):
