@@ -27,6 +27,9 @@ FOUND = 4
 """... and candidates of each."""
 THUMBNAIL = (144, 144)
 
+OURS, OTHERS = "#3358d4", "#b9c0c9"
+"""Colors of bars: of what was measured, and of what others have published."""
+
 PAGE_STYLE = """
 .asked { display: flex; gap: 1rem; align-items: center; margin: 0 0 0.8rem; }
 .asked img { max-width: 144px; border-radius: 10px; border: 1px solid var(--line); }
@@ -96,27 +99,26 @@ def draw_chart(scores: Sequence[Scores], published: Sequence[Published], path: P
     from matplotlib.figure import Figure
 
     names = [name for name in [*KINDS, "overall"] if any(of_model.means()[name] is not None for of_model in scores)]
-    bars = [(of_model.model, of_model.means(), True) for of_model in scores]
-    bars += [(other.model, {name: getattr(other, name) for name in names}, False) for other in published]
-    figure = Figure(figsize=(10, 1.2 + 0.16 * len(names) * (len(bars) + 1)), layout="constrained")
-    axes = figure.subplots()
-    height = 0.85 / len(bars)
-    for number, (label, means, is_ours) in enumerate(bars):
-        places = [group + (number - (len(bars) - 1) / 2) * height for group in range(len(names))]
-        values = [means[name] or 0.0 for name in names]
-        ours = sum(mine for *_, mine in bars[: number + 1])
-        color = f"C{ours - 1}" if is_ours else str(0.55 + 0.3 * (number - len(scores)) / max(len(published), 1))
-        axes.barh(places, values, height * 0.92, label=label, color=color)
-        for place, name in zip(places, names, strict=True):
-            if means[name] is not None:
-                axes.text(means[name] + 0.5, place, f"{means[name]:.1f}", va="center", fontsize=6)
-    axes.set_yticks(range(len(names)), [MEANS[name] for name in names])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("Precision@1, percent")
-    axes.set_title(scores[0].benchmark + (" (partial)" if any(of_model.is_partial for of_model in scores) else ""))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    rows = [(of_model.model, of_model.means(), OURS) for of_model in scores]
+    rows += [(other.model, {name: getattr(other, name) for name in names}, OTHERS) for other in published]
+    rows.sort(key=lambda row: row[1]["overall"] or 0.0)
+    figure = Figure(figsize=(3.2 + 1.7 * len(names), 1.1 + 0.28 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for name, axes in zip(names, panels, strict=True):
+        values = [means[name] or 0.0 for _, means, _ in rows]
+        axes.barh(range(len(rows)), values, 0.75, color=[color for *_, color in rows])
+        for place, value in enumerate(values):
+            axes.text(value + 1.5, place, f"{value:.1f}", va="center", fontsize=7)
+        axes.set_title(MEANS[name], fontsize=9)
+        axes.set_xlim(0, 118)
+        axes.set_xticks([])
+        axes.tick_params(left=False)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    panels[0].set_yticks(range(len(rows)), [label for label, *_ in rows], fontsize=8)
+    for tick, (*_, color) in zip(panels[0].get_yticklabels(), rows, strict=True):
+        tick.set_fontweight("bold" if color == OURS else "normal")
+    partial = " (partial)" if any(of_model.is_partial for of_model in scores) else ""
+    figure.suptitle(f"{scores[0].benchmark}{partial}, Precision@1 in percent", fontsize=10)
     figure.savefig(path, dpi=150)
 
 
