@@ -40,6 +40,16 @@ def main(
     """CoCoA: one-vector embeddings of text, images and video from Qwen2-VL and Qwen2.5-VL."""
 
 
+@contextmanager
+def said_in_red(command: str) -> Iterator[None]:
+    """Within it, an error that a user can mend is said in a line, and ends the command."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # FileNotFoundError is the first of them
+        typer.secho(f"{command}: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
 @app.command()
 def demo(
     model: Annotated[
@@ -53,11 +63,8 @@ def demo(
     """Search the emoji set: scores beside chance and untrained baselines, a few queries, and a gallery page."""
     from evaluation.demo import QUERIES, run_demo
 
-    try:
+    with said_in_red("cocoa demo"):
         run_demo(model, output_dir, queries=query or QUERIES)
-    except (FileNotFoundError, ValueError) as error:
-        typer.secho(f"cocoa demo: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -81,7 +88,7 @@ def train(
     from evaluation.assets import find_file
     from trainers.recipe import Recipe, find_recipe, run_recipe
 
-    try:
+    with said_in_red("cocoa train"):
         settings = Recipe.load(find_recipe(recipe))
         if output_dir is not None:
             settings.output_dir = str(output_dir)
@@ -92,9 +99,6 @@ def train(
             from evaluation.demo import run_demo
 
             run_demo(model, Path(settings.output_dir) / "demo")
-    except (FileNotFoundError, ValueError) as error:
-        typer.secho(f"cocoa train: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
     typer.echo(f"The trained model is in {model}")
 
 
@@ -136,7 +140,7 @@ def mine(
     from trainers.recipe import Recipe, find_recipe, prompts_for_variants, stage_arguments
     from trainers.recipe_data import contrastive_data
 
-    try:
+    with said_in_red("cocoa mine-negatives"):
         settings = Recipe.load(find_recipe(recipe))
         pairs = contrastive_data(settings.data, find_file, settings.seed)
         args = stage_arguments(settings, "contrastive")
@@ -166,9 +170,6 @@ def mine(
             with written_whole(output_dir / f"{name}.parquet") as file:
                 found.to_parquet(str(file))
             typer.echo(f"{name}: {len(found)} of {len(dataset)} pairs have {num_negatives} negatives now.")
-    except (FileNotFoundError, ValueError) as error:
-        typer.secho(f"cocoa mine-negatives: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
 
 
 evaluation_app = typer.Typer(
@@ -259,6 +260,8 @@ def evaluate_on_emoji(
 
     The tasks are written to OUTPUT_DIR/data in MMEB-V1's layout. Without --model and --baseline: the tiny checkpoint.
     """
+    from accelerate import PartialState
+
     from evaluation.assets import asset_path
     from evaluation.demo import CHECKPOINT
     from evaluation.emoji_tasks import EMOJI_TASKS, write_emoji_tasks
@@ -267,7 +270,8 @@ def evaluate_on_emoji(
 
     with said_in_red("cocoa eval emoji"):
         chosen = find_tasks(tasks, EMOJI_TASKS)
-        folder = write_emoji_tasks(output_dir / "data", queries)
+        with PartialState().main_process_first():  # one of several processes writes
+            folder = write_emoji_tasks(output_dir / "data", queries)
         run_mmeb(
             model or ([] if baseline else [str(asset_path(CHECKPOINT))]),
             baseline or [],
@@ -280,16 +284,6 @@ def evaluate_on_emoji(
             resolution=resolution,
             batch_size=batch_size,
         )
-
-
-@contextmanager
-def said_in_red(command: str) -> Iterator[None]:
-    """Within it, an error that a user can mend is said in a line, and ends the command."""
-    try:
-        yield
-    except (OSError, ValueError) as error:  # FileNotFoundError is the first of them
-        typer.secho(f"{command}: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
 
 
 if __name__ == "__main__":

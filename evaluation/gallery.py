@@ -73,24 +73,41 @@ def render_gallery(title: str, about: str, scores: Sequence[EmojiScore], found: 
     tables = "".join(render_table(scores, split) for split in SPLITS)
     queries = "".join(render_query(query, hits) for query, hits in found.items())
     notes = "".join(f'<p class="note">{escape(line)}</p>' for line in footnotes(scores))
+    return render_page(
+        title,
+        about,
+        f"""<h2>How often the right one comes first, or among the first</h2>
+{tables}{notes}
+<h2>Queries and the five nearest pictures</h2>
+{queries}
+<footer class="note">Pictures: Noto emoji, Google, Apache-2.0.</footer>
+""",
+    )
+
+
+def render_page(title: str, about: str, body: str, style: str = "") -> str:
+    """
+    A page as one HTML file.
+
+    Args:
+        title (`str`): Heading.
+        about (`str`): A sentence under it.
+        body (`str`): HTML.
+        style (`str`, *optional*): CSS beside the common one.
+    """
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
-<style>{STYLE}</style>
+<style>{STYLE}{style}</style>
 </head>
 <body>
 <main>
 <h1>{escape(title)}</h1>
 <p>{escape(about)}</p>
-<h2>How often the right one comes first, or among the first</h2>
-{tables}{notes}
-<h2>Queries and the five nearest pictures</h2>
-{queries}
-<footer class="note">Pictures: Noto emoji, Google, Apache-2.0.</footer>
-</main>
+{body}</main>
 </body>
 </html>
 """

@@ -6,10 +6,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,13 +18,12 @@ import numpy as np
 from accelerate import PartialState
 
 from modeling_cocoa.files import written_whole
-from modeling_cocoa.inputs import CocoaInputError
 
 from .encoders import check_item
-from .metrics.mrr_at_k.mrr_at_k import mrr_at_k
-from .metrics.ndcg_at_k.ndcg_at_k import ndcg_at_k
-from .metrics.precision_at_k.precision_at_k import precision_at_k
-from .metrics.recall_at_k.recall_at_k import recall_at_k
+from .metrics.mrr_at_k import mrr_at_k
+from .metrics.ndcg_at_k import ndcg_at_k
+from .metrics.precision_at_k import precision_at_k
+from .metrics.recall_at_k import recall_at_k
 from .mmeb_data import BadRowError, Item, TaskData, read_task
 from .mmeb_tasks import KINDS, Kind, Task
 from .ranking import Ranking, rank
@@ -198,7 +197,7 @@ def embed_task(
     store: VectorStore,
     *,
     title: str,
-    state: PartialState | None = None,
+    state: PartialState,
     on_bad_row: str = "raise",
     show_progress_bar: bool = True,
 ) -> dict[Item, str]:
@@ -208,7 +207,7 @@ def embed_task(
     Args:
         encoder, data, store: As in [`evaluate_model`]. Rows with an image that cannot be read leave `data`.
         title (`str`): For the progress bar.
-        state (`PartialState`, *optional*): Of the processes that share the work.
+        state (`PartialState`): Of the processes that share the work.
         on_bad_row (`str`, defaults to `"raise"`).
         show_progress_bar (`bool`, defaults to `True`).
 
@@ -218,7 +217,6 @@ def embed_task(
     Raises:
         BadRowError: an image is missing or corrupt.
     """
-    state = state or PartialState()
     items = dict.fromkeys([*data.queries.values(), *data.candidates.values()])
     digests = digest_images({item.image for item in items if item.image is not None})
     bad = {item: f"there is no image file {item.image}." for item in items if item.image and not digests[item.image]}
@@ -228,32 +226,20 @@ def embed_task(
     for item, key in keys.items():
         inputs.setdefault(key, item)
 
-    unreadable: dict[str, str] = {}  # by key
-
     def skip(item: Item, reason: str) -> None:
-        unreadable[keys[item]] = reason
+        leave_out(data, {other: reason for other, key in keys.items() if key == keys[item]}, on_bad_row)
 
-    options = {"skip": skip if on_bad_row == "skip" else None, "readable": check_item, "title": title}
-    try:
-        embed_missing(
-            encoder,
-            inputs,
-            store,
-            process_index=state.process_index,
-            num_processes=state.num_processes,
-            show_progress_bar=show_progress_bar and state.is_main_process,
-            **options,
-        )
-        if state.num_processes > 1:
-            state.wait_for_everyone()
-            store.refresh()
-            if state.is_main_process:  # finds out here what another could not read
-                embed_missing(encoder, inputs, store, show_progress_bar=False, **options)
-    except CocoaInputError as error:
-        if error.position is None:
-            raise
-        unreadable[list(inputs)[error.position]] = error.reason
-    leave_out(data, {item: unreadable[key] for item, key in keys.items() if key in unreadable}, on_bad_row)
+    embed = partial(embed_missing, encoder, inputs, store, title=title, skip=skip, readable=check_item)
+    embed(
+        process_index=state.process_index,
+        num_processes=state.num_processes,
+        show_progress_bar=show_progress_bar and state.is_main_process,
+    )
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        store.refresh()
+        if state.is_main_process:  # finds out here what another could not read
+            embed(show_progress_bar=False)
     return {item: key for item, key in keys.items() if key in store}
 
 
@@ -355,8 +341,3 @@ def write_rankings(path: Path, data: TaskData, rankings: dict[int, Ranking], ima
         partial_path.write_text(
             "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
         )
-
-
-def slug(name: str) -> str:
-    """A model's name as that of a folder."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

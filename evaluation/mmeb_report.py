@@ -12,7 +12,7 @@ from PIL import Image
 
 from modeling_cocoa.inputs import load_image
 
-from .gallery import STYLE, data_url
+from .gallery import data_url, render_page
 from .mmeb import Scores, TaskScore
 from .mmeb_data import Item, TaskData
 from .mmeb_tasks import KINDS, PUBLISHED_AS_OF, Published
@@ -122,7 +122,7 @@ def draw_chart(scores: Sequence[Scores], published: Sequence[Published], path: P
     figure.savefig(path, dpi=150)
 
 
-def render_page(model: str, score: TaskScore, data: TaskData, rankings: dict[int, Ranking]) -> str:
+def render_task(model: str, score: TaskScore, data: TaskData, rankings: dict[int, Ranking]) -> str:
     """
     One HTML file of a task's hits and misses, with pictures inside.
 
@@ -143,23 +143,7 @@ def render_page(model: str, score: TaskScore, data: TaskData, rankings: dict[int
         f"{model}. Precision@1 of {score.queries:,} queries{left_out}; Recall@10 {score.recall_at_10:.1f} %. The "
         "right candidate is framed."
     )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{STYLE}{PAGE_STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{escape(title)}</h1>
-<p>{escape(about)}</p>
-{"".join(parts)}
-</main>
-</body>
-</html>
-"""
+    return render_page(title, about, "".join(parts), PAGE_STYLE)
 
 
 def render_ranking(data: TaskData, row: int, ranking: Ranking) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,9 @@ from rich.markdown import Markdown
 from modeling_cocoa.files import written_whole
 
 from .encoders import Encoder
-from .mmeb import Scores, TaskScore, evaluate_model, slug
+from .mmeb import Scores, TaskScore, evaluate_model
 from .mmeb_data import TaskData
-from .mmeb_report import draw_chart, markdown_report, render_page
+from .mmeb_report import draw_chart, markdown_report, render_task
 from .mmeb_tasks import Published, Task
 from .ranking import Ranking
 
@@ -109,4 +110,9 @@ def write_page(folder: Path, model: str, score: TaskScore, data: TaskData, ranki
     """Write a task's page of hits and misses."""
     folder.mkdir(parents=True, exist_ok=True)
     with written_whole(folder / f"{score.task}.html") as path:
-        path.write_text(render_page(model, score, data, rankings), encoding="utf-8")
+        path.write_text(render_task(model, score, data, rankings), encoding="utf-8")
+
+
+def slug(name: str) -> str:
+    """A model's name as that of a folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

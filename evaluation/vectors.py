@@ -102,9 +102,9 @@ def embed_missing(
     process_index: int = 0,
     num_processes: int = 1,
     skip: Callable[[T, str], None] | None = None,
-    readable: Callable[[T], None] | None = None,
+    readable: Callable[[T], None] = lambda item: None,
     show_progress_bar: bool = True,
-) -> int:
+) -> None:
     """
     Compute the vectors of those inputs that a store does not have.
 
@@ -122,46 +122,42 @@ def embed_missing(
             `encode`; used to find all bad ones of a chunk that has one.
         show_progress_bar (`bool`, defaults to `True`).
 
-    Returns:
-        `int`: How many vectors were computed.
-
     Raises:
         CocoaInputError: an input cannot be read; its position is the one in `inputs`.
     """
     keys = list(inputs)
     chunks = range(process_index * CHUNK, len(keys), num_processes * CHUNK)
     total = sum(min(CHUNK, len(keys) - first) for first in chunks)
-    computed = 0
     with tqdm(total=total, desc=title, unit="input", disable=not show_progress_bar) as progress:
         for first in chunks:
             chunk = keys[first : first + CHUNK]
             missing = [key for key in chunk if key not in store]
-            progress.update(len(chunk) - len(missing))
             while missing:
                 try:
-                    vectors = encode([inputs[key] for key in missing])
+                    store.add(missing, encode([inputs[key] for key in missing]))
+                    break
                 except CocoaInputError as error:
                     if error.position is None:
                         raise
-                    bad = {missing[error.position]: error}
+                    key = missing[error.position]
                     if skip is None:
-                        position = first + chunk.index(next(iter(bad)))
-                        raise CocoaInputError(error.reason, position) from error
-                    for key in missing if readable else ():
-                        try:
-                            readable(inputs[key])
-                        except CocoaInputError as other:
-                            bad[key] = other
-                    for key, found in bad.items():
-                        skip(inputs[key], found.reason)
-                    progress.update(len(bad))
-                    missing = [key for key in missing if key not in bad]
-                    continue
-                store.add(missing, vectors)
-                progress.update(len(missing))
-                computed += len(missing)
-                break
-    return computed
+                        raise CocoaInputError(error.reason, first + chunk.index(key)) from error
+                    bad = {**unreadable({key: inputs[key] for key in missing}, readable), key: error.reason}
+                for key, reason in bad.items():
+                    skip(inputs[key], reason)
+                missing = [key for key in missing if key not in bad]
+            progress.update(len(chunk))
+
+
+def unreadable(inputs: Mapping[str, T], readable: Callable[[T], None]) -> dict[str, str]:
+    """The reason by key of each input that cannot be read."""
+    found = {}
+    for key, item in inputs.items():
+        try:
+            readable(item)
+        except CocoaInputError as error:
+            found[key] = error.reason
+    return found
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -103,9 +103,10 @@ def check_sizes(options: SharedOptions, processor: Any) -> None:
 def is_complete(state: TrainerState, args: TrainingArguments) -> bool:
     """Whether a run with these arguments has nothing left to do in this state."""
     patience = getattr(args, "early_stopping_patience", None)
-    stopper = state.stateful_callbacks.get("EarlyStoppingCallback")
-    if patience is not None and stopper and stopper["attributes"]["early_stopping_patience_counter"] >= patience:
-        return True
+    stoppers = state.stateful_callbacks.get("EarlyStoppingCallback", [])
+    for stopper in stoppers if isinstance(stoppers, list) else [stoppers]:
+        if patience is not None and stopper["attributes"]["early_stopping_patience_counter"] >= patience:
+            return True
     if args.max_steps > 0:
         return state.global_step >= args.max_steps
     return state.epoch is not None and state.epoch >= args.num_train_epochs

@@ -236,12 +236,12 @@ def column_prompts(args: CocoaContrastiveConfig, dataset: Any) -> Any:
     if by_dataset and (unknown or not names):
         raise ValueError(f"query_prompt and target_prompt name the datasets {unknown}; the datasets are {names}.")
 
-    def prompts_of(columns: list[str], name: str | None) -> dict[str, str]:
+    def by_column(columns: list[str], name: str | None) -> dict[str, str]:
         query, target = (prompt.get(name) if isinstance(prompt, dict) else prompt for prompt in given)
         prompts = {column: query if column == "query" else target for column in columns}
         return {column: prompt for column, prompt in prompts.items() if prompt is not None}
 
     if by_dataset:
-        return {name: prompts_of(part.column_names, name) for name, part in dataset.items()}
+        return {name: by_column(part.column_names, name) for name, part in dataset.items()}
     parts = dataset.values() if isinstance(dataset, dict) else [dataset]
-    return prompts_of(sorted({column for part in parts for column in part.column_names}), None)
+    return by_column(sorted({column for part in parts for column in part.column_names}), None)

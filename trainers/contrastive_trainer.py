@@ -221,11 +221,10 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             self.accelerator.device_placement = placement
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # The pixels of a large batch would fill the device; the model fetches a mini-batch's when it reads them.
-        skipped = inputs.get("num_skipped", 0)
         if self.model.training:
-            self._skipped_rows += skipped
+            self._skipped_rows += inputs.get("num_skipped", 0)
         inputs = {name: value for name, value in inputs.items() if name != "num_skipped"}
+        # The pixels of a large batch would fill the device; the model fetches a mini-batch's when it reads them.
         pixels = {name: value for name, value in inputs.items() if name.endswith(PIXELS)}
         rest = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in pixels})
         return {name: pixels.get(name, rest.get(name)) for name in inputs}

@@ -25,7 +25,7 @@ REFERENCES = {
 
 @pytest.fixture(scope="module", params=REFERENCES)
 def metric(request):
-    return request.param, evaluate.load(str(FOLDER / request.param))
+    return request.param, evaluate.load(str(FOLDER / f"{request.param}.py"))
 
 
 @pytest.mark.parametrize("k", [1, 3, 10, 40])
