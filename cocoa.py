@@ -286,5 +286,49 @@ def evaluate_on_emoji(
         )
 
 
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Of a model that a trainer or save_cocoa wrote.")],
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="A scores.json that `cocoa eval` wrote for this model; may be repeated.")
+    ] = None,
+) -> None:
+    """
+    Write a model's card from what its folder holds: stages, data, results, pictures.
+
+    What the card's head says of licence, language and data stays, and so do the notes between their two marks.
+    """
+    from hub_cards.card_data import write_card
+    from hub_cards.results import add_result
+
+    with said_in_red("cocoa card"):
+        for file in scores or []:
+            add_result(folder, file)
+        typer.echo(f"The card is {write_card(folder)}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Of a model that a trainer or save_cocoa wrote.")],
+    repo: Annotated[str, typer.Argument(help="ORGANIZATION/NAME on the Hub; created if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it for those with access only.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; created if there is none.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list; upload nothing.")] = False,
+) -> None:
+    """
+    Check a model and publish it on the Hub, as one commit.
+
+    Before anything is uploaded, its files are checked (safetensors only, weights that are numbers, a valid card, the
+    package's own code, no paths of this machine, no secrets), and it is loaded in a fresh process through both doors.
+    Log in first with `hf auth login`, or set HF_TOKEN.
+    """
+    from hub_cards.push import push_model
+
+    with said_in_red("cocoa push"):
+        address = push_model(folder, repo, private=private or None, revision=revision, dry_run=dry_run)
+    if address is not None:
+        typer.echo(f"Published: {address}")
+
+
 if __name__ == "__main__":
     app()

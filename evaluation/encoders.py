@@ -17,7 +17,7 @@ from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 from .mmeb_data import Item
 from .mmeb_tasks import IMAGE_SIZES
-from .vectors import fingerprint
+from .vectors import fingerprint, weights_digest
 
 MIN_SIDE, ENLARGED = 28, (56, 56)
 """An image with a shorter side is stretched to this size, as the benchmark's evaluator does."""
@@ -64,7 +64,8 @@ class Encoder:
             self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         else:
             self.model = SentenceTransformer(name, device=None if device is None else str(device), revision=revision)
-        self.fingerprint = fingerprint(self.model)
+        self.weights = weights_digest(self.model)
+        self.fingerprint = fingerprint(self.model, self.weights)
 
     def __call__(self, items: Sequence[Item]) -> np.ndarray:
         """

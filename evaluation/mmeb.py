@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -115,7 +115,14 @@ class Scores:
             "settings": self.settings,
             "means": self.means(),
             "tasks": [asdict(task) for task in self.tasks],
+            "of_tasks": self.of_tasks,
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Scores:
+        """What [`to_dict`] gave."""
+        tasks = [TaskScore(**task) for task in values["tasks"]]
+        return cls(values["benchmark"], values["model"], values["of_tasks"], values["settings"], tasks)
 
 
 def evaluate_model(
@@ -140,7 +147,8 @@ def evaluate_model(
     launch` or torchrun, processes share the inputs of each task; they need one folder in common.
 
     Args:
-        encoder ([`Encoder`]): Gives the vectors of a list of [`Item`]; `name`, `fingerprint`, `resolution`.
+        encoder ([`Encoder`]): Gives the vectors of a list of [`Item`]; `name`, `fingerprint`,
+            `weights`, `resolution`.
         tasks (`Sequence[Task]`).
         source (`str`), image_dir (`str` or `Path`), limit (`int`, *optional*), on_bad_row (`str`): As in
             [`read_task`].
@@ -160,6 +168,7 @@ def evaluate_model(
     folder = Path(output_dir)
     settings = {
         "fingerprint": encoder.fingerprint,
+        "weights": encoder.weights,
         "resolution": encoder.resolution,
         "limit": limit,
     }

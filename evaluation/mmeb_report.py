@@ -40,15 +40,16 @@ figcaption { overflow-wrap: anywhere; }
 """
 
 
-def markdown_report(scores: Sequence[Scores], published: Sequence[Published] = ()) -> str:
+def markdown_report(scores: Sequence[Scores], published: Sequence[Published] = (), heading: str = "#") -> str:
     """
     Tables of means and of tasks.
 
     Args:
         scores (`Sequence[Scores]`): One a model, of the same tasks.
         published (`Sequence[Published]`): Others' figures, for comparison.
+        heading (`str`, defaults to `"#"`): Of the title; of what is below it one `#` more.
     """
-    lines = [f"# {scores[0].benchmark}", "", "Precision@1 in percent; means are plain means over tasks.", ""]
+    lines = [f"{heading} {scores[0].benchmark}", "", "Precision@1 in percent; means are plain means over tasks.", ""]
     lines += [f"| Model | {' | '.join(MEANS.values())} | Source |", "|---|" + "---:|" * len(MEANS) + "---|"]
     for of_model in scores:
         means = of_model.means()
@@ -63,7 +64,7 @@ def markdown_report(scores: Sequence[Scores], published: Sequence[Published] = (
         lines += ["", f"Published figures as of {PUBLISHED_AS_OF}."]
     if any(of_model.is_partial for of_model in scores):
         lines += ["", "**Partial**: tasks or rows are missing, so these means are no score of the benchmark."]
-    lines += ["", "## By task", ""]
+    lines += ["", f"{heading}# By task", ""]
     names = " | ".join(of_model.model for of_model in scores)
     lines += [f"| Task | Kind | | {names} |", "|---|---|---|" + "---:|" * len(scores)]
     for place, task in enumerate(scores[0].tasks):

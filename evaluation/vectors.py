@@ -160,9 +160,9 @@ def unreadable(inputs: Mapping[str, T], readable: Callable[[T], None]) -> dict[s
     return found
 
 
-def fingerprint(model: torch.nn.Module) -> str:
+def weights_digest(model: torch.nn.Module) -> str:
     """
-    A name for what decides a model's vectors: its weights, how it reads inputs, and the libraries that run it.
+    A name for a model's weights, the same wherever they are loaded.
 
     Args:
         model ([`~torch.nn.Module`]): A sentence-transformers model or module.
@@ -171,6 +171,18 @@ def fingerprint(model: torch.nn.Module) -> str:
     for name, value in model.state_dict().items():
         summary.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         summary.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return summary.hexdigest()
+
+
+def fingerprint(model: torch.nn.Module, weights: str | None = None) -> str:
+    """
+    A name for what decides a model's vectors: its weights, how it reads inputs, and the libraries that run it.
+
+    Args:
+        model ([`~torch.nn.Module`]): A sentence-transformers model or module.
+        weights (`str`, *optional*): Its [`weights_digest`], where that is known.
+    """
+    summary = hashlib.sha256((weights or weights_digest(model)).encode())
     for part in (model, *model.children()):
         summary.update(_reading_of(part).encode())
     summary.update(repr([_version(name) for name in LIBRARIES]).encode())

@@ -9,10 +9,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.model_card import generate_model_card
+from sentence_transformers.sentence_transformer import SentenceTransformerModelCardData
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import nn
 from transformers import PreTrainedModel
@@ -47,6 +50,7 @@ def save_cocoa(
     modules: Literal["stock", "cocoa"] = "stock",
     prompts: dict[str, str] | None = None,
     default_prompt_name: str | None = None,
+    complete: Callable[[Path], Any] | None = None,
 ) -> None:
     """
     Write a model so that it loads through both doors, whole or not at all.
@@ -65,6 +69,9 @@ def save_cocoa(
         prompts (`dict[str, str]`, *optional*): Instructions by name, for `encode(prompt_name=...)`, `encode_query`
             and `encode_document`.
         default_prompt_name (`str`, *optional*): The prompt used where none is asked for.
+        complete (`Callable`, *optional*): Called with the folder that is made ready, to write what else is to be in
+            it, its card (`README.md`) among that. By default the card is that of the `SentenceTransformer`'s
+            `model_card_data` where that is of a kind of its own, and a short one otherwise, unless there is one.
 
     Raises:
         ValueError: the model holds no CoCoA backbone, or one with adapters; a `SentenceTransformer` has modules that
@@ -102,7 +109,12 @@ def save_cocoa(
         if modules == "cocoa":
             _name_cocoa_module(staging)
         mend_cocoa(staging)
-        if not (folder / "README.md").exists():
+        if complete is not None:
+            complete(staging)
+        elif isinstance(model, SentenceTransformer) and _has_own_card(model):
+            model.model_card_data.save_dir = str(staging)
+            (staging / "README.md").write_text(generate_model_card(model), encoding="utf-8")
+        elif not (folder / "README.md").exists():
             (staging / "README.md").write_text(_card(backbone, modules), encoding="utf-8")
         _move_into(staging, folder)
     finally:
@@ -134,20 +146,16 @@ def mend_cocoa(folder: str | os.PathLike) -> list[str]:
     modules = _read_json(folder / "modules.json")
     if not modules:
         raise ValueError(f"{folder} has no modules.json; load the model and its processor and call save_cocoa.")
-    sources = Path(__file__).parent
-    model_file = cls.__module__.rpartition(".")[2]
-    starts = [sources / f"{model_file}.py"]
     for module in modules:
         if module["type"].endswith(f".{CocoaTransformer.__name__}"):
             module["type"] = f"{MODULE_FILE}.{CocoaTransformer.__name__}"
-            starts.append(sources / f"{MODULE_FILE}.py")
     written = []
-    for start in starts:
-        for file in (start, *map(Path, get_relative_import_files(start))):
-            target = folder / file.name
-            if not target.exists() or target.read_bytes() != file.read_bytes():
-                shutil.copyfile(file, target)
-                written.append(file.name)
+    for file in code_files(config["model_type"], modules):
+        target = folder / file.name
+        if not target.exists() or target.read_bytes() != file.read_bytes():
+            shutil.copyfile(file, target)
+            written.append(file.name)
+    model_file = cls.__module__.rpartition(".")[2]
     # Loaded from the Hub by the stock class, the reference comes with the repository's name in front.
     config["auto_map"] = {"AutoModel": f"{model_file}.{cls.__name__}"}
     settings = {**_read_json(folder / SENTENCE_TRANSFORMERS_FILE), "requirements": REQUIREMENTS}
@@ -156,6 +164,22 @@ def mend_cocoa(folder: str | os.PathLike) -> list[str]:
             (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             written.append(name)
     return written
+
+
+def code_files(model_type: str, modules: Iterable[Mapping[str, Any]]) -> list[Path]:
+    """
+    The files of this package that a model's folder carries.
+
+    Args:
+        model_type (`str`): Of the model's configuration.
+        modules (`Iterable[Mapping]`): What its `modules.json` names.
+    """
+    sources = Path(__file__).parent
+    starts = [sources / f"{BACKBONES[model_type].__module__.rpartition('.')[2]}.py"]
+    if any(module["type"].endswith(f".{CocoaTransformer.__name__}") for module in modules):
+        starts.append(sources / f"{MODULE_FILE}.py")
+    found = [file for start in starts for file in (start, *map(Path, get_relative_import_files(start)))]
+    return list(dict.fromkeys(found))
 
 
 def _read_json(path: Path) -> Any:
@@ -269,6 +293,11 @@ def _move_into(staging: Path, folder: Path) -> None:
         target = folder / path.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
+
+
+def _has_own_card(model: SentenceTransformer) -> bool:
+    """Whether its card data is not the general kind of sentence-transformers."""
+    return type(model.model_card_data) is not SentenceTransformerModelCardData
 
 
 def _card(backbone: Any, modules: str) -> str:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +23,13 @@ from transformers.integrations.deepspeed import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from hub_cards.push import push_model
+
 from .adapters import PARTS
 from .checkpoints import last_checkpoint
+from .pictures import last_picture
 from .progress import LossProgressCallback
+from .record import RunRecord
 
 MAX_LENGTH = 1280
 """Tokens of an input where none are asked for and no processor is given."""
@@ -65,6 +71,11 @@ class SharedOptions:
         check_choices(self, "on_bad_sample")
         if unknown := [part for part in self.freeze_parts if part not in PARTS]:
             raise ValueError(f"freeze_parts must be of {list(PARTS)}; got {unknown}.")
+        if self.push_to_hub:
+            raise ValueError(
+                "push_to_hub=True would upload checkpoints unchecked, with the optimizer's pickled state: call "
+                "trainer.push_to_hub() after training."
+            )
         super().__post_init__()
 
     def processor_options(self) -> dict[str, int | None]:
@@ -132,8 +143,18 @@ def whole_weights(args: TrainingArguments) -> Iterator[None]:
 class CocoaTrainerMixin:
     """
     In front of a [`~transformers.Trainer`]: resuming from the last complete checkpoint, losses in the bar, and folders
-    that [`save_cocoa`] writes. A trainer defines `write_model(folder, state_dict)` and `_load_from_checkpoint`.
+    that [`save_cocoa`] writes, each with its card. A trainer defines `backbone`, `write_model(folder, state_dict)` and
+    `_load_from_checkpoint`, and makes a `record`.
     """
+
+    record: RunRecord
+    """What the run began with."""
+    was_resumed: bool = False
+    """Whether its time is not that of the whole run."""
+
+    def complete_folder(self, folder: Path) -> None:
+        """Write the record of all stages and the card into a folder that the model is saved to."""
+        self.record.complete_folder(folder, self, self.backbone, last_picture(Path(self.args.output_dir)))
 
     def show_losses(self) -> None:
         """Have the progress bar show the latest losses by name."""
@@ -152,6 +173,7 @@ class CocoaTrainerMixin:
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        self.was_resumed = bool(resume_from_checkpoint)
         if resume_from_checkpoint:
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
             if is_complete(state, self.args):
@@ -179,6 +201,49 @@ class CocoaTrainerMixin:
                 f"The loss is {loss.tolist()} at step {self.state.global_step + 1}, of the rows {rows()}; no step was "
                 f"made with it. The last checkpoint is whole: {last_checkpoint(self.args.output_dir)}. Look at these "
                 "rows, or lower the learning rate, and train with resume_from_checkpoint=True."
+            )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        repo_id: str | None = None,
+    ) -> str | None:
+        """
+        Save the model, check it as its users will load it, and upload it as one commit; see [`~push.push_model`].
+
+        Args:
+            commit_message (`str`, *optional*).
+            blocking (`bool`, defaults to `True`): Nothing else is done; it is here because callers of
+                [`~transformers.Trainer`] pass it.
+            token, revision, private (*optional*): By default `hub_token`, `hub_revision` and `hub_private_repo` of the
+                configuration.
+            repo_id (`str`, *optional*): By default `hub_model_id` of the configuration.
+
+        Returns:
+            `str`: Address of the commit, in the main process; none in others.
+
+        Raises:
+            ValueError: no name was given; the model is not fit for the Hub.
+            PushError: the Hub did not take it.
+        """
+        repo_id = repo_id or self.args.hub_model_id
+        if repo_id is None or not blocking:
+            raise ValueError("Say where to: push_to_hub(repo_id='organization/name') or hub_model_id; it blocks.")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_model(folder, _internal_call=True)
+            if not self.is_world_process_zero():
+                return None
+            return push_model(
+                folder,
+                repo_id,
+                private=private if private is not None else self.args.hub_private_repo,
+                revision=revision if revision is not None else self.args.hub_revision,
+                token=token if token is not None else self.args.hub_token,
+                commit_message=commit_message or "End of training",
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from evaluation.mmeb_tasks import IMAGE_SIZES
+from hub_cards.card_data import CocoaModelCardData
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.saving import save_cocoa
@@ -37,6 +38,7 @@ from .contrastive_rows import (
     with_negatives,
 )
 from .global_batches import GlobalBatchSampler, TaskBatchSampler
+from .record import RunRecord
 from .retrieval import retrieval_evaluator
 
 PIXELS = ("pixel_values", "pixel_values_videos")
@@ -59,6 +61,8 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         peft_config ([`~peft.PeftConfig`], *optional*): Train adapters in the backbone.
         evaluator: Of sentence-transformers; see also `evaluate_retrieval`.
         callbacks, optimizers: As in [`~transformers.Trainer`].
+        card_data ([`CocoaModelCardData`], *optional*): What the saved model's card says beside what the run knows:
+            licence, language, name, notes. By default that of a `SentenceTransformer` which has it.
 
     Raises:
         ValueError: wrong columns, a row that cannot be read, a model that does not fit.
@@ -75,6 +79,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         evaluator: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        card_data: CocoaModelCardData | None = None,
     ) -> None:
         args = args if args is not None else CocoaContrastiveConfig(output_dir="cocoa-contrastive")
         # Before adapters are drawn, so that the same seed is the same run.
@@ -101,6 +106,9 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         if given:
             check_sizes(args, model[0].processor)
         model[0].touch_all = args.world_size > 1
+        if card_data is None and isinstance(model.model_card_data, CocoaModelCardData):
+            card_data = model.model_card_data
+        self.record = RunRecord(model[0].model, train_dataset, card_data)
         prepare_parts(model[0].model, args.freeze_parts, peft_config)
         check_columns("train_dataset", train_dataset)
         check_columns("eval_dataset", eval_dataset)
@@ -149,7 +157,12 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         self.show_losses()
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """None: the card is written by `save_cocoa`, and the callback would read the datasets to no purpose."""
+        """None: the card is written from the run's record, and the callback would read the datasets to no purpose."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The CoCoA backbone."""
+        return self.model[0].model
 
     def get_batch_sampler(
         self, dataset: Dataset, batch_size: int, drop_last: bool, *args: Any, **options: Any
@@ -299,7 +312,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
                 truncate_dim=model.truncate_dim,
                 similarity_fn_name=model.similarity_fn_name,
             )
-        save_cocoa(model, None, folder)
+        save_cocoa(model, None, folder, complete=self.complete_folder)
         save_adapter(module.model, folder, state_dict)
         if isinstance(self.loss, LearnedTemperatureLoss):
             self.loss.save(folder)

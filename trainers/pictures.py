@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,15 +26,8 @@ LINE = 18
 """Pixels of a line of writing."""
 GREY = 0.5
 """Of masked patches, on a scale from 0 to 1."""
-CARD_PICTURE = "reconstruction.png"
-CARD_SECTION = f"""
-## What it rebuilds
-
-Of each picture: as it is, with its masked parts grey, and as the model rebuilds it; a target of the bridge is rebuilt
-from the `<EOS>` of its source alone.
-
-![Originals, what was masked, and what was rebuilt]({CARD_PICTURE})
-"""
+FOLDER = "reconstructions"
+"""In a run's output folder: what was rebuilt at each evaluation."""
 
 
 def draw_pictures(
@@ -160,8 +151,9 @@ def write_texts(batch: Mapping[str, Any], output: ReconstructionOutput, processo
     return "\n".join(lines) + "\n" if lines else ""
 
 
-def save_reconstructions(folder: Path, step: int, grid: Image.Image | None, texts: str) -> None:
-    """Write `step-N.png` and `step-N.txt` into a folder, each whole or not at all."""
+def save_reconstructions(output_dir: Path, step: int, grid: Image.Image | None, texts: str) -> None:
+    """Write `step-N.png` and `step-N.txt` into a run's folder of them, each whole or not at all."""
+    folder = output_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     if grid is not None:
         with written_whole(folder / f"step-{step}.png") as path:
@@ -171,16 +163,7 @@ def save_reconstructions(folder: Path, step: int, grid: Image.Image | None, text
             path.write_text(texts, encoding="utf-8")
 
 
-def last_picture(folder: Path) -> Path | None:
-    """The picture of the last step in a folder of reconstructions."""
-    return max(folder.glob("step-*.png"), key=lambda path: int(path.stem.removeprefix("step-")), default=None)
-
-
-def add_to_card(folder: str | os.PathLike, picture: Path) -> None:
-    """Put a picture into a saved model, and a section that shows it into its card; instead of an earlier one."""
-    shutil.copyfile(picture, Path(folder) / CARD_PICTURE)
-    card = Path(folder) / "README.md"
-    text = card.read_text(encoding="utf-8")
-    if CARD_SECTION not in text:
-        with written_whole(card) as path:
-            path.write_text(text.rstrip("\n") + "\n" + CARD_SECTION, encoding="utf-8")
+def last_picture(output_dir: Path) -> Path | None:
+    """The picture of the last step that a run drew; none where it drew none."""
+    pictures = (output_dir / FOLDER).glob("step-*.png")
+    return max(pictures, key=lambda path: int(path.stem.removeprefix("step-")), default=None)

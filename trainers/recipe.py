@@ -7,7 +7,7 @@ import gc
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from datasets import DatasetDict
 from transformers import HfArgumentParser
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from hub_cards.card_data import CocoaModelCardData
 from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.reconstruction import CocoaForReconstruction
@@ -32,7 +33,7 @@ from .reconstruction_trainer import CocoaReconstructionTrainer
 from .tiny_processor import build_tiny_processor
 
 STAGES = ("warmup", "bridge", "contrastive")
-SECTIONS = {"output_dir", "seed", "num_threads", "model", "data", "stages", "evaluate"}
+SECTIONS = {"output_dir", "seed", "num_threads", "model", "data", "stages", "evaluate", "card"}
 DATA_SECTIONS = {"sources", "reconstruction", "contrastive"}
 
 
@@ -67,9 +68,11 @@ class Recipe:
         num_threads (`int`, *optional*): CPU threads of torch; sums depend on it in their last bit, so a run that is to
             be repeated bit for bit fixes it.
         evaluate (`str`, *optional*): An evaluation to run at the end; there is `"emoji"`.
+        card (`dict`, *optional*): What the model's card says beside what the run knows: fields of
+            [`CocoaModelCardData`] (`license`, `language`, `model_name`, `train_datasets`, `notes`, ...).
 
     Raises:
-        ValueError: `evaluate` is another.
+        ValueError: `evaluate` is another; `card` has fields that there are not.
     """
 
     output_dir: str
@@ -79,8 +82,12 @@ class Recipe:
     seed: int = 42
     num_threads: int | None = None
     evaluate: str | None = None
+    card: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        known = [item.name for item in fields(CocoaModelCardData) if item.init]
+        if unknown := sorted(set(self.card) - set(known)):
+            raise ValueError(f"card has unknown fields {unknown}; there are {known}.")
         if self.evaluate not in (None, "emoji"):
             raise ValueError(f"evaluate must be 'emoji' or left out; got {self.evaluate!r}.")
 
@@ -215,6 +222,7 @@ def build_trainer(
         eval_dataset=eval_dataset,
         processing_class=processor,
         peft_config=peft_config,
+        card_data=CocoaModelCardData(**recipe.card),
     )
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
+from hub_cards.card_data import CocoaModelCardData
 from modeling_cocoa.heads import attach_mask_token
 from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
@@ -36,9 +37,10 @@ from .batching import TokenBatchSampler, count_row_tokens
 from .collators import ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
 from .datasets import EpochSampler, ReconstructionDataset, check_rows, mix_datasets
 from .masking import IGNORE_INDEX
-from .pictures import add_to_card, draw_pictures, last_picture, save_reconstructions, write_texts
+from .pictures import draw_pictures, save_reconstructions, write_texts
 from .progress import RunningMeans
 from .reconstruction_config import CocoaReconstructionConfig
+from .record import RunRecord
 from .streaming import ReconstructionStream
 
 EOS_ROWS = 16
@@ -65,6 +67,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         processing_class ([`CocoaProcessor`], *optional*): By default the model's own, with `args`' sizes.
         peft_config ([`~peft.PeftConfig`], *optional*): Train adapters in the backbone; the heads train in full.
         callbacks, optimizers: As in [`~transformers.Trainer`].
+        card_data ([`CocoaModelCardData`], *optional*): What the saved model's card says beside what the run knows:
+            licence, language, name, notes.
 
     Raises:
         ValueError: wrong columns, a row that cannot be read, a model that does not fit.
@@ -80,6 +84,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        card_data: CocoaModelCardData | None = None,
     ) -> None:
         args = args if args is not None else CocoaReconstructionConfig(output_dir="cocoa-reconstruction")
         # Before the heads are drawn, so that the same seed is the same run.
@@ -97,6 +102,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         if processing_class is None:
             raise ValueError("Give `processing_class` (a CocoaProcessor) together with a model that is in memory.")
         check_sizes(args, processing_class)
+        self.record = RunRecord(model.model, train_dataset, card_data)
         attach_mask_token(model.model, processing_class.mask_token_id)
         prepare_parts(model.model, args.freeze_parts, peft_config)
         if peft_config is not None and model.lm_head is not None:
@@ -155,6 +161,11 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         # The losses are divided by the counts of the whole step, over its batches and processes.
         self.model_accepts_loss_kwargs = True
         self.show_losses()
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The CoCoA backbone."""
+        return self.model.model
 
     def _get_train_sampler(self, train_dataset: torch.utils.data.Dataset | None = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -294,11 +305,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         if self.is_world_process_zero():
             grid = draw_pictures(batch, output, self.processing_class, normalized=self.args.normalize_pixels)
             texts = write_texts(batch, output, self.processing_class)
-            save_reconstructions(self._pictures, self.state.global_step, grid, texts)
-
-    @property
-    def _pictures(self) -> Path:
-        return Path(self.args.output_dir) / "reconstructions"
+            save_reconstructions(Path(self.args.output_dir), self.state.global_step, grid, texts)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the losses by name to a training log."""
@@ -319,9 +326,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         self.model.save_heads(folder, state_dict)
         save_adapter(self.model.model, folder, backbone_state)
         # Last what makes the folder a model: with it, all is there.
-        save_cocoa(merged(self.model.model, backbone_state), self.processing_class, folder)
-        if (picture := last_picture(self._pictures)) is not None:
-            add_to_card(folder, picture)
+        model = merged(self.model.model, backbone_state)
+        save_cocoa(model, self.processing_class, folder, complete=self.complete_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         own = model if model is not None else self.model

@@ -109,7 +109,7 @@ def data(tmp_path):
 class Fixed:
     """An encoder with a given vector for each input, that counts."""
 
-    name, fingerprint, resolution = "fixed", "f" * 64, None
+    name, fingerprint, weights, resolution = "fixed", "f" * 64, "w" * 64, None
 
     def __init__(self, table):
         self.table, self.seen = table, []
@@ -401,7 +401,7 @@ def test_an_evaluation_takes_little_more_than_embedding(emoji, tmp_path):
     encoder, inside = Encoder(str(asset_path(TINY))), []
 
     class Timed:
-        name, fingerprint, resolution = encoder.name, encoder.fingerprint, None
+        name, fingerprint, weights, resolution = encoder.name, encoder.fingerprint, encoder.weights, None
 
         def __call__(self, items):
             begun = time.monotonic()

@@ -12,7 +12,7 @@ from modeling_cocoa.losses import normalize_patches
 from modeling_cocoa.reconstruction import ReconstructionOutput
 from trainers.collators import ReconstructionCollator
 from trainers.masking import IGNORE_INDEX
-from trainers.pictures import LINE, SIDE, add_to_card, draw_pictures, last_picture, save_reconstructions, write_texts
+from trainers.pictures import LINE, SIDE, draw_pictures, last_picture, save_reconstructions, write_texts
 
 
 def batch_of(processor, emoji, stage, count=4):
@@ -71,15 +71,8 @@ def test_texts_show_what_was_hidden_and_what_was_rebuilt(processor, emoji):
     assert write_texts(batch, ReconstructionOutput(), processor) == ""
 
 
-def test_the_last_picture_goes_into_the_card_once(tmp_path):
+def test_the_last_picture_is_the_one_of_the_last_step(tmp_path):
     for step in (5, 20, 100):
-        save_reconstructions(tmp_path / "run", step, Image.new("RGB", (4, 4), (step, 0, 0)), f"step {step}")
-    picture = last_picture(tmp_path / "run")
-    assert picture.name == "step-100.png" and last_picture(tmp_path / "nothing") is None
-    assert (tmp_path / "run" / "step-20.txt").read_text() == "step 20"
-    (tmp_path / "README.md").write_text("# A model\n")
-    for _ in range(2):
-        add_to_card(tmp_path, picture)
-    card = (tmp_path / "README.md").read_text()
-    assert card.startswith("# A model") and card.count("reconstruction.png") == 1
-    assert Image.open(tmp_path / "reconstruction.png").getpixel((0, 0)) == (100, 0, 0)
+        save_reconstructions(tmp_path, step, Image.new("RGB", (4, 4), (step, 0, 0)), f"step {step}")
+    assert last_picture(tmp_path).name == "step-100.png" and last_picture(tmp_path / "nothing") is None
+    assert (tmp_path / "reconstructions" / "step-20.txt").read_text() == "step 20"

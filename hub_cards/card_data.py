@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model's card says, read from its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from sentence_transformers.sentence_transformer import SentenceTransformerModelCardData
+
+from evaluation.mmeb import Scores
+from evaluation.mmeb_report import MEANS, markdown_report
+from evaluation.mmeb_tasks import PUBLISHED
+
+from .folder_facts import FolderFacts
+from .results import chart_of, read_results
+from .training_record import StageRecord, read_records
+
+TEMPLATE = Path(__file__).with_name("model_card.md")
+PICTURE = "reconstruction.png"
+"""In a model's folder: what it rebuilt from the `<EOS>`."""
+NOTES = ("<!-- notes: what stands here is kept when the card is written again -->", "<!-- end of notes -->")
+STAGE_NAMES = {"warmup": "warm-up", "bridge": "EOS bridge", "contrastive": "contrastive"}
+BENCHMARK_DATASETS = {"MMEB-V1": "TIGER-Lab/MMEB-eval"}
+"""Of a benchmark, the Hub name of its data."""
+
+
+@dataclass
+class CocoaModelCardData(SentenceTransformerModelCardData):
+    """
+    What a CoCoA model's card says. Most of it is read from the folder that the card is for: what the model is, its
+    stages' settings and data, results and pictures. What nothing recorded is left out.
+
+    ```python
+    card_data = CocoaModelCardData(license="apache-2.0", language="en", model_name="CoCoA of birds")
+    CocoaContrastiveTrainer(model, args, train_dataset=pairs, card_data=card_data)
+    ```
+
+    Args:
+        language (`str` or `list[str]`), license (`str`), model_name (`str`), model_id (`str`), tags (`list[str]`): As
+            in sentence-transformers' card data.
+        base_model (`str`): Hub name of the model that training began with, where that was a local copy; one that was
+            loaded from the Hub is recorded by itself.
+        train_datasets (`list[dict[str, str]]`): Of each, `name` and where there are any `id` (on the Hub), `license`
+            and `url`.
+        notes (`str`): A section in Markdown of the author's own, such as what the model is not good at.
+    """
+
+    base_model: str | None = None
+    notes: str = ""
+    tags: list[str] = field(
+        default_factory=lambda: ["sentence-transformers", "feature-extraction", "multimodal", "cocoa"]
+    )
+    pipeline_tag: str = field(default="feature-extraction", init=False)
+    template_path: Path = field(default=TEMPLATE, init=False, repr=False)
+
+    def validate_datasets(self, dataset_list: list[dict[str, Any]], infer_languages: bool = True) -> list[Any]:
+        """As they were given: nothing is asked of the Hub."""
+        return dataset_list
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike) -> CocoaModelCardData:
+        """
+        What the author has said in a card that is there already: the fields of its head, and the notes.
+
+        Args:
+            folder (`str` or `os.PathLike`): Of the model; without a README.md, nothing was said.
+
+        Raises:
+            ValueError: the head of its README.md is not valid.
+        """
+        data = cls()
+        data.save_dir = os.fspath(folder)
+        path = Path(folder) / "README.md"
+        if not path.is_file():
+            return data
+        card = ModelCard.load(path)
+        head = card.data.to_dict()
+        for name in ("language", "license", "base_model"):
+            if head.get(name):
+                setattr(data, name, head[name])
+        data.add_tags(head.get("tags") or [])
+        data.train_datasets = [{"name": name, "id": name} for name in head.get("datasets") or []]
+        if card.data.model_name:
+            data.model_name = card.data.model_name
+        if all(mark in card.text for mark in NOTES):
+            data.notes = card.text.split(NOTES[0])[1].split(NOTES[1])[0].strip()
+        return data
+
+    def to_dict(self) -> dict[str, Any]:
+        """
+        The head's fields and what the template takes.
+
+        Raises:
+            FileNotFoundError, ValueError: the folder (`save_dir`) is not one of a whole CoCoA model.
+        """
+        folder = Path(self.save_dir or "")
+        facts, records, results = FolderFacts.read(folder), read_records(folder), read_results(folder)
+        first = records[0] if records else None
+        base_model = first.base_model if first and first.base_model else self.base_model
+        name = self.model_name or (self.model_id or "").split("/")[-1] or f"{facts.backbone} embedding model"
+        head = {item.name: getattr(self, item.name) for item in fields(self) if not item.name.startswith("_")}
+        return {
+            **head,
+            "tags": [*dict.fromkeys([*self.tags, facts.model_type])],
+            "base_model": base_model,
+            "base_model_revision": first.base_revision if first else None,
+            "datasets": dataset_ids(self.train_datasets, records),
+            "co2_eq_emissions": total_emissions(records),
+            "model-index": model_index(name, results),
+            "model_name": name,
+            "facts": facts,
+            "stages": stage_table(records),
+            "stage_data": stage_datasets(records),
+            "versions": records[-1].versions if records else {},
+            "results": [(result_section(scores), chart_of(folder, scores)) for scores in results],
+            "picture": PICTURE if (folder / PICTURE).is_file() else None,
+            "notes_marks": NOTES,
+        }
+
+
+def write_card(folder: str | os.PathLike, card_data: CocoaModelCardData | None = None) -> Path:
+    """
+    Write the card of a model from what its folder holds.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of a model saved by [`save_cocoa`].
+        card_data ([`CocoaModelCardData`], *optional*): What the folder does not tell; by default what a card that is
+            there already says.
+
+    Returns:
+        `Path`: The `README.md`.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder is not whole; the head of its README.md is not valid.
+    """
+    folder = Path(folder)
+    data = card_data or CocoaModelCardData.from_folder(folder)
+    data.save_dir = os.fspath(folder)
+    card = ModelCard.from_template(data, template_path=str(data.template_path))
+    card.save(folder / "README.md")
+    return folder / "README.md"
+
+
+def dataset_ids(named: Iterable[Mapping[str, Any]], records: Iterable[StageRecord]) -> list[str]:
+    """Hub names of the data of training, once each."""
+    known = [*named, *(dataset for record in records for dataset in record.datasets)]
+    return list(dict.fromkeys(dataset["id"] for dataset in known if dataset.get("id")))
+
+
+def total_emissions(records: Sequence[StageRecord]) -> dict[str, Any] | None:
+    """Of all stages together, where each was measured."""
+    if not records or not all(record.emissions for record in records):
+        return None
+    totals = {name: sum(record.emissions[name] for record in records) for name in ("emissions", "energy_consumed")}
+    return {**records[-1].emissions, **totals}
+
+
+def model_index(name: str, results: Iterable[Scores]) -> list[dict[str, Any]] | None:
+    """Results in the form that the Hub reads; those of a part of a benchmark are none."""
+    found = [
+        EvalResult(
+            task_type="feature-extraction",
+            task_name="Multimodal embedding",
+            dataset_type=BENCHMARK_DATASETS.get(scores.benchmark, scores.benchmark),
+            dataset_name=scores.benchmark,
+            metric_type="precision_at_1",
+            metric_name=f"Precision@1, {MEANS[part]}",
+            metric_value=round(value, 2),
+        )
+        for scores in results
+        if not scores.is_partial
+        for part, value in scores.means().items()
+        if part in MEANS and value is not None
+    ]
+    return eval_results_to_model_index(name, found) if found else None
+
+
+def result_section(scores: Scores) -> str:
+    """The tables of a result, beside published figures where there are any."""
+    return markdown_report([scores], PUBLISHED if scores.benchmark == "MMEB-V1" else (), heading="###").strip()
+
+
+def stage_table(records: Sequence[StageRecord]) -> str:
+    """A table with a column for each stage: how long, on what, with which settings; empty without stages."""
+    if not records:
+        return ""
+    rows: dict[str, list[str]] = {}
+
+    def add(title: str, values: Iterable[Any]) -> None:
+        cells = ["" if value in (None, "", {}, []) else str(value).replace("|", "\\|") for value in values]
+        if any(cells):
+            rows[title] = cells
+
+    add("Steps", (f"{record.steps:,}" for record in records))
+    add("Epochs", (f"{record.epochs:.3g}" for record in records))
+    add("Trained parameters", (f"{record.trained_parameters:,}" for record in records))
+    add("Adapters", (", ".join(f"{name} {value}" for name, value in record.adapters.items()) for record in records))
+    add("Processes", (record.processes for record in records))
+    add("Device", (record.device for record in records))
+    add("Time", (None if record.seconds is None else duration(record.seconds) for record in records))
+    for title in dict.fromkeys(name for record in records for name in record.settings):
+        add(f"`{title}`", (code(record.settings.get(title)) for record in records))
+    for title in dict.fromkeys(name for record in records for name in record.losses):
+        add(f"{title}, last", (number(record.losses.get(title)) for record in records))
+    for title in dict.fromkeys(name for record in records for name in record.evaluation):
+        add(f"{title}", (number(record.evaluation.get(title)) for record in records))
+    names = " | ".join(STAGE_NAMES.get(record.stage, record.stage) for record in records)
+    lines = [f"| | {names} |", "|---|" + "---|" * len(records)]
+    return "\n".join(lines + [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()])
+
+
+def stage_datasets(records: Iterable[StageRecord]) -> list[tuple[str, str]]:
+    """Of each stage, its name and the datasets that it read."""
+    found = []
+    for record in records:
+        names = []
+        for dataset in record.datasets:
+            known = [f"{dataset['rows']:,} rows"] if dataset.get("rows") else []
+            known += [str(dataset[key]) for key in ("id", "license") if dataset.get(key)]
+            names.append(f"{dataset['name']} ({', '.join(known)})" if known else dataset["name"])
+        if names:
+            found.append((STAGE_NAMES.get(record.stage, record.stage), ", ".join(names)))
+    return found
+
+
+def duration(seconds: float) -> str:
+    """A time as a person reads it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else f"{rest} s"
+
+
+def code(value: Any) -> str:
+    """A setting as a table shows it."""
+    return "" if value is None else f"`{value}`"
+
+
+def number(value: float | None) -> str:
+    """A measure as a table shows it."""
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Run in a process of its own: the vectors of a few inputs through a folder's doors, without this package.
+
+`python load_alone.py FOLDER DOOR ...` with doors `stock` and `remote_code`; the last line printed is JSON, by door.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.abc
+import json
+import sys
+
+PACKAGES = ("cocoa", "evaluation", "hub_cards", "modeling_cocoa", "trainers")
+
+
+class Absent(importlib.abc.MetaPathFinder):
+    """Has this package look as if it were not installed, as where most people load a model."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        """Refuse the package's own names."""
+        if name.split(".")[0] in PACKAGES:
+            raise ModuleNotFoundError(f"No module named {name!r}: it is not part of what a model's folder needs.")
+
+
+def main(folder: str, *doors: str) -> None:
+    """Print the vectors of each door."""
+    sys.meta_path.insert(0, Absent())
+    from PIL import Image
+    from sentence_transformers import SentenceTransformer
+
+    picture = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    inputs = ["a photo of a dog", picture, {"image": picture, "text": "from dark to light"}, "rain " * 40]
+    found = {}
+    for door in doors:
+        model = SentenceTransformer(folder, trust_remote_code=door == "remote_code")
+        found[door] = [model.encode([item], show_progress_bar=False)[0].tolist() for item in inputs]
+        del model
+        gc.collect()
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run knows of itself, for the record and the card of the model that it saves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import CodeCarbonCallback
+
+from hub_cards.card_data import PICTURE, CocoaModelCardData, write_card
+from hub_cards.training_record import StageRecord, read_records, write_records
+
+LIBRARIES = ("cocoa-embed", "torch", "transformers", "sentence-transformers", "accelerate", "datasets", "peft")
+UNRELATED = (
+    "accelerator_config",
+    "check_data",
+    "deepspeed",
+    "disable_tqdm",
+    "do_",
+    "dataloader_",
+    "eval_",
+    "evaluate_",
+    "fsdp",
+    "greater_is_better",
+    "hub_",
+    "include_",
+    "log_",
+    "logging_",
+    "metric_for_best_model",
+    "output_dir",
+    "per_device_eval_",
+    "prediction_loss_only",
+    "project",
+    "push_to_hub",
+    "remove_unused_columns",
+    "report_to",
+    "restore_callback_states",
+    "run_name",
+    "save_",
+    "stage",
+    "trackio",
+    "use_cpu",
+)
+"""Beginnings of the names of settings that do not change what is trained, or are recorded elsewhere."""
+ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+
+
+class RunRecord:
+    """
+    What a run began with, and what it adds.
+
+    Args:
+        backbone (`PreTrainedModel`): As it was loaded; its configuration says from where.
+        train_dataset: As the trainer was given it.
+        card_data ([`CocoaModelCardData`], *optional*): What the run does not know.
+    """
+
+    def __init__(
+        self, backbone: PreTrainedModel, train_dataset: Any, card_data: CocoaModelCardData | None = None
+    ) -> None:
+        self.card_data = card_data if card_data is not None else CocoaModelCardData()
+        self.datasets = describe_datasets(train_dataset)
+        source = backbone.config.name_or_path
+        folder = Path(source) if source and os.path.isdir(source) else None
+        self.earlier = [] if folder is None else read_records(folder)
+        picture = None if folder is None else folder / PICTURE
+        self._picture = picture.read_bytes() if picture is not None and picture.is_file() else None
+        self._base_model = source if source and folder is None else None
+        self._base_revision = getattr(backbone.config, "_commit_hash", None) if self._base_model else None
+
+    def complete_folder(self, folder: Path, trainer: Trainer, backbone: nn.Module, picture: Path | None) -> None:
+        """
+        Write the record, the picture and the card into a folder that a model is saved to.
+
+        Args:
+            folder (`Path`): With all that [`save_cocoa`] writes.
+            trainer ([`~transformers.Trainer`]): As far as it has come.
+            backbone (`nn.Module`): That trains.
+            picture (`Path`, *optional*): What was rebuilt last; by default that of the stage before.
+        """
+        write_records(folder, [*self.earlier, self.of_stage(trainer, backbone)])
+        content = picture.read_bytes() if picture is not None else self._picture
+        if content is not None:
+            (folder / PICTURE).write_bytes(content)
+        write_card(folder, self.card_data)
+
+    def of_stage(self, trainer: Trainer, backbone: nn.Module) -> StageRecord:
+        """What the run knows of itself by now; see [`StageRecord`]."""
+        args, state = trainer.args, trainer.state
+        logs = state.log_history
+        training = [entry for entry in logs if "loss" in entry]
+        evaluations = [entry for entry in logs if any(name.startswith("eval_") for name in entry)]
+        whole = [entry["train_runtime"] for entry in logs if "train_runtime" in entry]
+        seconds = whole[-1] if whole and not trainer.was_resumed else None
+        return StageRecord(
+            stage=getattr(args, "stage", "contrastive"),
+            settings=changed_settings(args),
+            base_model=self._base_model,
+            base_revision=self._base_revision,
+            datasets=self.datasets,
+            adapters=describe_adapters(backbone),
+            trained_parameters=count_trained(trainer.model),
+            steps=state.global_step,
+            epochs=float(state.epoch or 0.0),
+            processes=args.world_size,
+            device=torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type.upper(),
+            seconds=seconds,
+            losses=measures(training[-1]) if training else {},
+            evaluation=measures(evaluations[-1]) if evaluations else {},
+            emissions={} if seconds is None else measured_emissions(trainer),
+            versions={name: number for name in LIBRARIES if (number := installed(name)) is not None},
+        )
+
+
+def describe_datasets(dataset: Any) -> list[dict[str, Any]]:
+    """
+    Names of datasets, and where known their rows, Hub name, commit and licence.
+
+    Args:
+        dataset: One, or several by name; streamed ones have no number of rows.
+    """
+    if dataset is None:
+        return []
+    named = dict(dataset) if isinstance(dataset, Mapping) else {None: dataset}
+    found = []
+    for name, rows in named.items():
+        info = getattr(rows, "info", None)
+        facts: dict[str, Any] = {"name": name or getattr(info, "dataset_name", None) or "training data"}
+        if hasattr(rows, "__len__"):
+            facts["rows"] = len(rows)
+        if isinstance(rows, Dataset):
+            (known,) = CocoaModelCardData().infer_datasets(DatasetDict({"": rows}))
+            facts.update({key: known[key] for key in ("id", "revision") if key in known})
+        if getattr(info, "license", None):
+            facts["license"] = info.license
+        found.append(facts)
+    return found
+
+
+def count_trained(model: nn.Module) -> int:
+    """How many numbers train, also where DeepSpeed has shared them out."""
+    return sum(getattr(value, "ds_numel", value.numel()) for value in model.parameters() if value.requires_grad)
+
+
+def describe_adapters(backbone: nn.Module) -> dict[str, Any]:
+    """Kind, rank and places of the adapters in a backbone; empty where there are none."""
+    for config in getattr(backbone, "peft_config", {}).values():
+        values = {name: getattr(config, name, None) for name in ADAPTER_SETTINGS}
+        values = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+        return {"type": str(config.peft_type.value), **{name: value for name, value in values.items() if value}}
+    return {}
+
+
+def changed_settings(args: TrainingArguments) -> dict[str, Any]:
+    """Settings that are not at their defaults, and change what is trained; no paths."""
+    found = {}
+    for item in fields(args):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        value, default = (
+            part.value if isinstance(part, Enum) else part for part in (getattr(args, item.name), default)
+        )
+        if item.name.startswith(UNRELATED) or value == default or not (value or default):
+            continue
+        if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
+            continue
+        found[item.name] = value
+    return json.loads(json.dumps(found, default=str))
+
+
+def measures(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The measures in an entry of a trainer's log, by their names without `eval_`."""
+    other = ("learning_rate", "grad_norm", "epoch", "step", "runtime", "samples_per_second", "steps_per_second")
+    named = {name.removeprefix("eval_"): value for name, value in entry.items()}
+    return {
+        name: float(value)
+        for name, value in named.items()
+        if isinstance(value, (int, float)) and not name.endswith(other)
+    }
+
+
+def measured_emissions(trainer: Trainer) -> dict[str, Any]:
+    """What codecarbon measured; empty where it did not run."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, CodeCarbonCallback) and callback.tracker is not None:
+            data = CocoaModelCardData()
+            data.code_carbon_callback = callback
+            return data.get_codecarbon_data()["co2_eq_emissions"]
+    return {}
+
+
+def installed(name: str) -> str | None:
+    """The version of a library; none where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
