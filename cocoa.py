@@ -296,7 +296,8 @@ def card(
     """
     Write a model's card from what its folder holds: stages, data, results, pictures.
 
-    What the card's head says of licence, language and data stays, and so do the notes between their two marks.
+    What it cannot know (license, language, model_name, train_datasets, notes in Markdown, ...) is read from the file
+    card.yaml in the folder.
     """
     from hub_cards.card_data import write_card
     from hub_cards.results import add_result

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from sentence_transformers.sentence_transformer import SentenceTransformerModelCardData
@@ -16,6 +17,8 @@ from sentence_transformers.sentence_transformer import SentenceTransformerModelC
 from evaluation.mmeb import Scores
 from evaluation.mmeb_report import MEANS, markdown_report
 from evaluation.mmeb_tasks import PUBLISHED
+from modeling_cocoa.files import written_whole
+from modeling_cocoa.saving import CARD_MARK
 
 from .folder_facts import FolderFacts
 from .results import chart_of, read_results
@@ -24,10 +27,21 @@ from .training_record import StageRecord, read_records
 TEMPLATE = Path(__file__).with_name("model_card.md")
 PICTURE = "reconstruction.png"
 """In a model's folder: what it rebuilt from the `<EOS>`."""
-NOTES = ("<!-- notes: what stands here is kept when the card is written again -->", "<!-- end of notes -->")
+FIELDS_FILE = "card.yaml"
+"""In a model's folder: what its author says of it."""
 STAGE_NAMES = {"warmup": "warm-up", "bridge": "EOS bridge", "contrastive": "contrastive"}
 BENCHMARK_DATASETS = {"MMEB-V1": "TIGER-Lab/MMEB-eval"}
 """Of a benchmark, the Hub name of its data."""
+
+
+class BlockDumper(yaml.SafeDumper):
+    """Writes texts of several lines as they are read."""
+
+
+BlockDumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
 
 
 @dataclass
@@ -66,31 +80,37 @@ class CocoaModelCardData(SentenceTransformerModelCardData):
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> CocoaModelCardData:
         """
-        What the author has said in a card that is there already: the fields of its head, and the notes.
+        What the author has said of a model before.
 
         Args:
-            folder (`str` or `os.PathLike`): Of the model; without a README.md, nothing was said.
+            folder (`str` or `os.PathLike`): Of the model; without a `card.yaml`, nothing was said.
 
         Raises:
-            ValueError: the head of its README.md is not valid.
+            ValueError: its `card.yaml` holds other fields than there are.
         """
-        data = cls()
-        data.save_dir = os.fspath(folder)
-        path = Path(folder) / "README.md"
+        path = Path(folder) / FIELDS_FILE
         if not path.is_file():
-            return data
-        card = ModelCard.load(path)
-        head = card.data.to_dict()
-        for name in ("language", "license", "base_model"):
-            if head.get(name):
-                setattr(data, name, head[name])
-        data.add_tags(head.get("tags") or [])
-        data.train_datasets = [{"name": name, "id": name} for name in head.get("datasets") or []]
-        if card.data.model_name:
-            data.model_name = card.data.model_name
-        if all(mark in card.text for mark in NOTES):
-            data.notes = card.text.split(NOTES[0])[1].split(NOTES[1])[0].strip()
-        return data
+            return cls()
+        try:
+            return cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (TypeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} does not hold the fields {cls.field_names()} ({error}).") from error
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """What may be said of a model."""
+        return [item.name for item in fields(cls) if item.init]
+
+    def write_fields(self, folder: str | os.PathLike) -> None:
+        """Write what the author says into a model's folder, so that it is there when the card is written again."""
+        default = type(self)()
+        said = {
+            name: getattr(self, name) for name in self.field_names() if getattr(self, name) != getattr(default, name)
+        }
+        if said:
+            with written_whole(Path(folder) / FIELDS_FILE) as path:
+                text = yaml.dump(said, Dumper=BlockDumper, sort_keys=False, allow_unicode=True, width=1000)
+                path.write_text(text, encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """
@@ -120,7 +140,7 @@ class CocoaModelCardData(SentenceTransformerModelCardData):
             "versions": records[-1].versions if records else {},
             "results": [(result_section(scores), chart_of(folder, scores)) for scores in results],
             "picture": PICTURE if (folder / PICTURE).is_file() else None,
-            "notes_marks": NOTES,
+            "mark": CARD_MARK,
         }
 
 
@@ -130,21 +150,29 @@ def write_card(folder: str | os.PathLike, card_data: CocoaModelCardData | None =
 
     Args:
         folder (`str` or `os.PathLike`): Of a model saved by [`save_cocoa`].
-        card_data ([`CocoaModelCardData`], *optional*): What the folder does not tell; by default what a card that is
-            there already says.
+        card_data ([`CocoaModelCardData`], *optional*): What the folder does not tell, which is kept in its
+            `card.yaml`; by default what that holds.
 
     Returns:
         `Path`: The `README.md`.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is not whole; the head of its README.md is not valid.
+        FileNotFoundError, ValueError: the folder is not whole; its `card.yaml` is not valid; its README.md was written
+            by somebody, who would lose it.
     """
     folder = Path(folder)
+    path = folder / "README.md"
+    if path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8"):
+        raise ValueError(
+            f"{path} was not written by this package, and would be lost: put what it says into the `notes` of "
+            f"{FIELDS_FILE} beside it, and remove it."
+        )
     data = card_data or CocoaModelCardData.from_folder(folder)
+    data.write_fields(folder)
     data.save_dir = os.fspath(folder)
-    card = ModelCard.from_template(data, template_path=str(data.template_path))
-    card.save(folder / "README.md")
-    return folder / "README.md"
+    with written_whole(path) as partial:
+        ModelCard.from_template(data, template_path=str(data.template_path)).save(partial)
+    return path
 
 
 def dataset_ids(named: Iterable[Mapping[str, Any]], records: Iterable[StageRecord]) -> list[str]:

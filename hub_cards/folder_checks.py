@@ -30,7 +30,7 @@ NEEDED = (
     "README.md",
 )
 """Files that every CoCoA model's folder holds, beside its weights and its code."""
-TEXT = {".json", ".jinja", ".md", ".py", ".txt"}
+TEXT = {".json", ".jinja", ".md", ".py", ".txt", ".yaml"}
 IMAGES = {".png": b"\x89PNG", ".jpg": b"\xff\xd8\xff", ".jpeg": b"\xff\xd8\xff"}
 ALLOWED = {*TEXT, *IMAGES, ".safetensors"}
 LARGEST = 50 * 10**9

@@ -35,6 +35,8 @@ REQUIREMENTS = {
 }
 """What sentence-transformers checks before it loads a folder, through either door."""
 
+CARD_MARK = "<!-- written by cocoa-embed, and again at every save: what is to stay goes into card.yaml -->"
+"""At the end of a card that may be written again."""
 MODULE_FILE = "sentence_transformer"
 SENTENCE_TRANSFORMERS_FILE = "config_sentence_transformers.json"
 WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
@@ -332,4 +334,6 @@ from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("path/or/name"{trust})
 vectors = model.encode(["a text", {{"image": "picture.png", "text": "about it"}}])
 ```
-{notes}"""
+{notes}
+{CARD_MARK}
+"""

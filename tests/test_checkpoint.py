@@ -11,6 +11,7 @@ import pytest
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
+from hub_cards import write_card
 from modeling_cocoa.saving import mend_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
@@ -21,10 +22,18 @@ CHECKPOINT = ROOT / "checkpoints" / "cocoa-tiny"
 def test_it_holds_safetensors_and_the_code_of_the_package(tmp_path):
     files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12_000_000
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".py", ".md"}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".py", ".md", ".yaml", ".png"}
     copy = tmp_path / "cocoa-tiny"
     shutil.copytree(CHECKPOINT, copy)
     assert mend_cocoa(copy) == [], "run modeling_cocoa.mend_cocoa('checkpoints/cocoa-tiny')"
+
+
+def test_its_card_is_what_its_folder_says(tmp_path):
+    copy = shutil.copytree(CHECKPOINT, tmp_path / "cocoa-tiny")
+    write_card(copy)
+    assert (copy / "README.md").read_text() == (CHECKPOINT / "README.md").read_text(), "run: cocoa card " + str(
+        CHECKPOINT.relative_to(ROOT)
+    )
 
 
 def test_every_door_gives_the_same_vectors():

@@ -7,7 +7,7 @@ import gc
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class Recipe:
     card: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = [item.name for item in fields(CocoaModelCardData) if item.init]
+        known = CocoaModelCardData.field_names()
         if unknown := sorted(set(self.card) - set(known)):
             raise ValueError(f"card has unknown fields {unknown}; there are {known}.")
         if self.evaluate not in (None, "emoji"):

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A card says what the folder holds, what its author said, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from datasets import load_dataset
+from huggingface_hub import DatasetCard, ModelCard
+from sentence_transformers import SentenceTransformer
+
+from evaluation.emoji_tasks import EMOJI_TASKS
+from evaluation.mmeb import Scores, TaskScore
+from evaluation.vectors import weights_digest
+from hub_cards import CocoaModelCardData, write_card
+from hub_cards.card_data import stage_table
+from hub_cards.results import add_result, read_results
+from hub_cards.training_record import StageRecord, write_records
+from modeling_cocoa.saving import save_cocoa
+from modeling_cocoa.sentence_transformer import CocoaTransformer
+from tests.trainers.conftest import ROOT
+
+CHECKPOINT = ROOT / "checkpoints" / "cocoa-tiny"
+MADE = ("README.md", "card.yaml", "evaluation", "reconstruction.png", "training.json")
+EMISSIONS = {"emissions": 10.0, "energy_consumed": 0.02, "source": "codecarbon", "hardware_used": "a GPU"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the tiny checkpoint without a card."""
+    copy = shutil.copytree(CHECKPOINT, tmp_path / "model", ignore=shutil.ignore_patterns(*MADE))
+    return copy
+
+
+def card_of(folder) -> ModelCard:
+    """The card, read as the Hub's client reads it."""
+    return ModelCard.load(folder / "README.md")
+
+
+def scores_of(folder, path, **settings):
+    """Scores of all emoji tasks, made up, as a file."""
+    tasks = [
+        TaskScore(
+            task.name, task.kind, task.in_domain, 50.0 + place, 50.0 + place, 0, 60, 70, 55, 58, 100, 200, 300, 0
+        )
+        for place, task in enumerate(EMOJI_TASKS)
+    ]
+    settings = {"weights": weights_digest(CocoaTransformer(folder)), **settings}
+    scores = Scores("Emoji in MMEB-V1's layout", "cocoa-tiny", len(tasks), settings, tasks)
+    path.write_text(json.dumps(scores.to_dict()))
+    return scores
+
+
+def test_nothing_is_said_that_is_not_known(folder):
+    write_card(folder)
+    card = card_of(folder)
+    head = {name: value for name, value in card.data.to_dict().items() if value is not None}
+    assert set(head) == {"library_name", "pipeline_tag", "tags"} and "qwen2_vl" in head["tags"]
+    assert "2,779,776, float32" in card.text and "192 numbers" in card.text and "1,280 tokens" in card.text
+    for absent in ("## Training", "## Results", "## What it rebuilds", "None", "codecarbon"):
+        assert absent not in card.text
+    assert "No evaluation is recorded here" in card.text
+
+
+def test_what_the_author_said_is_kept_when_the_card_is_written_again(folder):
+    data = CocoaModelCardData(
+        license="apache-2.0",
+        language=["en", "de"],
+        model_name="Birds",
+        base_model="Qwen/Qwen2-VL-2B-Instruct",
+        train_datasets=[{"name": "Birds of Europe", "id": "org/birds", "license": "cc-by-4.0"}],
+        notes="## What it is not for\n\nBats.",
+    )
+    write_card(folder, data)
+    first = card_of(folder)
+    assert first.data.license == "apache-2.0" and first.data.language == ["en", "de"]
+    assert first.data.base_model == "Qwen/Qwen2-VL-2B-Instruct" and first.data.datasets == ["org/birds"]
+    assert "- Birds of Europe: cc-by-4.0" in first.text and "made from `Qwen/Qwen2-VL-2B-Instruct`" in first.text
+    write_card(folder)
+    again = card_of(folder)
+    assert again.data.to_dict() == first.data.to_dict()
+    assert again.text.count("Bats.") == 1 and "# Birds\n" in again.text
+
+
+def test_the_author_s_list_of_data_with_licences_is_kept(folder):
+    data = CocoaModelCardData(
+        train_datasets=[{"name": "Drawings", "license": "CC-BY 4.0", "url": "https://example.org"}]
+    )
+    write_card(folder, data)
+    text = card_of(folder).text
+    assert "- [Drawings](https://example.org): CC-BY 4.0" in text
+    write_card(folder)
+    assert "- [Drawings](https://example.org): CC-BY 4.0" in card_of(folder).text
+
+
+def test_what_somebody_wrote_is_not_lost(folder):
+    (folder / "README.md").write_text("# My own words\n")
+    with pytest.raises(ValueError, match="would be lost: put what it says into the `notes` of card.yaml"):
+        write_card(folder)
+    assert (folder / "README.md").read_text() == "# My own words\n"
+    (folder / "README.md").unlink()
+    (folder / "card.yaml").write_text("licence: apache-2.0\n")
+    with pytest.raises(ValueError, match=r"card\.yaml does not hold the fields .*'license'"):
+        write_card(folder)
+
+
+def test_results_are_those_of_these_weights(folder, tmp_path):
+    scores = scores_of(folder, tmp_path / "scores.json")
+    add_result(folder, tmp_path / "scores.json")
+    write_card(folder)
+    card = card_of(folder)
+    results = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert results["Precision@1, Overall"] == pytest.approx(scores.means()["overall"], abs=0.005)
+    assert len(results) == 7 and card.data.model_name
+    assert f"| {EMOJI_TASKS[0].name} |" in card.text and "](evaluation/emoji-in-mmeb-v1-s-layout.png)" in card.text
+    assert (folder / "evaluation" / "emoji-in-mmeb-v1-s-layout.png").read_bytes().startswith(b"\x89PNG")
+    assert read_results(folder) == [scores] and "No evaluation" not in card.text
+    scores_of(folder, tmp_path / "other.json", weights="0" * 64)
+    with pytest.raises(ValueError, match="measured with other weights"):
+        add_result(folder, tmp_path / "other.json")
+    with pytest.raises(FileNotFoundError, match="give the scores.json"):
+        add_result(folder, tmp_path / "nowhere.json")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no scores of `cocoa eval`"):
+        add_result(folder, tmp_path / "other.json")
+    assert read_results(folder) == [scores]
+
+
+def test_a_part_of_a_benchmark_is_no_score_of_it(folder, tmp_path):
+    scores_of(folder, tmp_path / "scores.json", limit=10)
+    add_result(folder, tmp_path / "scores.json")
+    write_card(folder)
+    card = card_of(folder)
+    assert not card.data.eval_results and "partial" in card.text
+
+
+def test_emissions_are_of_all_stages_or_left_out(folder):
+    measured = StageRecord("bridge", emissions=EMISSIONS)
+    write_records(folder, [measured, StageRecord("contrastive")])
+    write_card(folder)
+    assert "codecarbon" not in card_of(folder).content
+    write_records(folder, [measured, StageRecord("contrastive", emissions=EMISSIONS)])
+    write_card(folder)
+    card = card_of(folder)
+    assert card.data.co2_eq_emissions["emissions"] == 20 and "0.04 kWh, 0.02 kg of CO2" in card.text
+
+
+def test_the_model_that_training_began_with_is_the_first_stage_s(folder):
+    write_records(folder, [StageRecord("warmup", base_model="Qwen/Qwen2-VL-2B-Instruct", base_revision="a" * 40)])
+    write_card(folder)
+    card = card_of(folder)
+    assert card.data.base_model == "Qwen/Qwen2-VL-2B-Instruct" and "(at `aaaaaaaaaa`)" in card.text
+
+
+def test_tables_stay_whole_whatever_is_in_them():
+    table = stage_table([StageRecord("bridge", {"prompts": {"query": "a | b"}}), StageRecord("contrastive")])
+    assert all(line.replace("\\|", "").count("|") == 4 for line in table.splitlines())
+
+
+def test_sentence_transformers_writes_it_at_every_save(folder, tmp_path):
+    data = CocoaModelCardData(license="apache-2.0", model_name="Birds")
+    model = SentenceTransformer(modules=[CocoaTransformer(folder)], model_card_data=data, device="cpu")
+    model.save_pretrained(str(tmp_path / "theirs"))
+    save_cocoa(model, None, tmp_path / "ours")
+    for saved in ("theirs", "ours"):
+        card = card_of(tmp_path / saved)
+        assert card.data.license == "apache-2.0" and "# Birds\n" in card.text, saved
+    assert "trust_remote_code=True)\nqueries" in card_of(tmp_path / "theirs").text, "which names our module"
+
+
+def test_the_emoji_set_s_card_is_valid_and_true(api):
+    card = DatasetCard.load(ROOT / "data" / "README.md")
+    card.validate()
+    (config,) = card.data.configs
+    rows = load_dataset(str(ROOT / "data"), config["config_name"], split=config["data_files"][0]["split"])
+    assert f"{len(rows):,} emoji" in card.text and (ROOT / "data" / card.data.license_link).is_file()
+    named = {
+        name for line in card.text.splitlines() if line.startswith("| ") for name in line.split("|")[1].split(",")
+    }
+    assert set(rows.column_names) <= {name.strip() for name in named}
+
+
+def test_the_hub_s_validator_takes_the_card_of_the_tiny_checkpoint(api, hub):
+    card = ModelCard.load(CHECKPOINT / "README.md")
+    card.validate()
+    assert ("POST", "/api/validate-yaml") in hub.requests or hub.requests == []  # old clients ask elsewhere
