@@ -45,7 +45,7 @@ def said_in_red(command: str) -> Iterator[None]:
     """Within it, an error that a user can mend is said in a line, and ends the command."""
     try:
         yield
-    except (OSError, ValueError) as error:  # FileNotFoundError is the first of them
+    except (OSError, ValueError, ModuleNotFoundError) as error:  # the last of an extra that is not installed
         typer.secho(f"{command}: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
 
@@ -327,6 +327,55 @@ def push(
 
     with said_in_red("cocoa push"):
         address = push_model(folder, repo, private=private or None, revision=revision, dry_run=dry_run)
+    if address is not None:
+        typer.echo(f"Published: {address}")
+
+
+@app.command("app")
+def run_app(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub name of a checkpoint; the tiny one that is installed otherwise.")
+    ] = None,
+    rebuild_model: Annotated[
+        str | None, typer.Option(help="One that the bridge stage saved, to see what it rebuilds from the EOS.")
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="A folder to search, with or without a metadata.csv of file_name and text; else emoji."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="By default the first that is free from 7860 on.")
+    ] = None,
+) -> None:
+    """
+    Search pictures and texts by words or pictures in a browser, on this machine alone.
+
+    Needs the extra "app" (gradio).
+    """
+    with said_in_red("cocoa app"):
+        from hub_cards.space.app import serve
+
+        serve(model, rebuild_model=rebuild_model, pictures=pictures, port=port)
+
+
+@app.command("push-space")
+def push_app(
+    repo: Annotated[str, typer.Argument(help="ORGANIZATION/NAME of the Space; created if there is none.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Hub name of the model to search with; by default the tiny one, which it carries."),
+    ] = None,
+    rebuild_model: Annotated[
+        str | None, typer.Option(help="Hub name of one that the bridge stage saved, to rebuild with.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create it for those with access only.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded; upload nothing.")] = False,
+) -> None:
+    """Publish the app as a Space on the Hub, as one commit."""
+    from hub_cards.push import push_space
+
+    with said_in_red("cocoa push-space"):
+        address = push_space(repo, model=model, rebuild_model=rebuild_model, private=private or None, dry_run=dry_run)
     if address is not None:
         typer.echo(f"Published: {address}")
 

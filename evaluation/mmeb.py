@@ -6,9 +6,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -19,110 +19,20 @@ from accelerate import PartialState
 
 from modeling_cocoa.files import written_whole
 
-from .encoders import check_item
+from .encoders import check_item, label
 from .metrics.mrr_at_k import mrr_at_k
 from .metrics.ndcg_at_k import ndcg_at_k
 from .metrics.precision_at_k import precision_at_k
 from .metrics.recall_at_k import recall_at_k
 from .mmeb_data import BadRowError, Item, TaskData, read_task
-from .mmeb_tasks import KINDS, Kind, Task
+from .mmeb_files import check_data
+from .mmeb_scores import Scores, TaskScore
+from .mmeb_tasks import Task
 from .ranking import Ranking, rank
 from .vectors import VectorStore, embed_missing
 
 READERS = 8
 """Threads that read images to name them by their content."""
-
-
-@dataclass
-class TaskScore:
-    """
-    A model's score on one task. All in percent.
-
-    Args:
-        task (`str`), kind (`str`), in_domain (`bool`): Of the task.
-        precision_at_1 (`float`): The benchmark's score.
-        precision_at_1_ties_against (`float`): What it would be if every tie went against the model.
-        ties (`int`): Queries of which another candidate scores the same as the right one.
-        recall_at_5, recall_at_10, mrr_at_10, ndcg_at_10 (`float`).
-        queries, candidates, inputs (`int`): Scored, of different names, and embedded.
-        skipped_rows (`int`): Rows that could not be scored.
-    """
-
-    task: str
-    kind: Kind
-    in_domain: bool
-    precision_at_1: float
-    precision_at_1_ties_against: float
-    ties: int
-    recall_at_5: float
-    recall_at_10: float
-    mrr_at_10: float
-    ndcg_at_10: float
-    queries: int
-    candidates: int
-    inputs: int
-    skipped_rows: int = 0
-
-
-@dataclass
-class Scores:
-    """
-    A model's scores on a benchmark.
-
-    Args:
-        benchmark (`str`), model (`str`): Their names.
-        tasks (`list[TaskScore]`).
-        of_tasks (`int`): How many tasks the benchmark has.
-        settings (`dict`): What else decides the scores.
-    """
-
-    benchmark: str
-    model: str
-    of_tasks: int
-    settings: dict[str, Any] = field(default_factory=dict)
-    tasks: list[TaskScore] = field(default_factory=list)
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether tasks or rows are missing, so that the means are no score of the benchmark."""
-        return (
-            len(self.tasks) < self.of_tasks
-            or self.settings.get("limit") is not None
-            or any(task.skipped_rows for task in self.tasks)
-        )
-
-    def mean(self, keep: Callable[[TaskScore], bool] = lambda task: True, ties_against: bool = False) -> float | None:
-        """The plain mean of the score over those tasks that are kept; none where there are none."""
-        name = "precision_at_1_ties_against" if ties_against else "precision_at_1"
-        chosen = [getattr(task, name) for task in self.tasks if keep(task)]
-        return fmean(chosen) if chosen else None
-
-    def means(self) -> dict[str, float | None]:
-        """Means over the tasks of each kind, in domain, out of domain, and over all."""
-        found: dict[str, float | None] = {kind: self.mean(lambda task, kind=kind: task.kind == kind) for kind in KINDS}
-        found["in_domain"] = self.mean(lambda task: task.in_domain)
-        found["out_of_domain"] = self.mean(lambda task: not task.in_domain)
-        found["overall"] = self.mean()
-        found["overall_ties_against"] = self.mean(ties_against=True)
-        return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON takes it."""
-        return {
-            "benchmark": self.benchmark,
-            "model": self.model,
-            "partial": self.is_partial,
-            "settings": self.settings,
-            "means": self.means(),
-            "tasks": [asdict(task) for task in self.tasks],
-            "of_tasks": self.of_tasks,
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Scores:
-        """What [`to_dict`] gave."""
-        tasks = [TaskScore(**task) for task in values["tasks"]]
-        return cls(values["benchmark"], values["model"], values["of_tasks"], values["settings"], tasks)
 
 
 def evaluate_model(
@@ -136,46 +46,53 @@ def evaluate_model(
     of_tasks: int | None = None,
     limit: int | None = None,
     on_bad_row: str = "raise",
-    on_task: Callable[[TaskScore, TaskData, dict[int, Ranking]], None] = lambda *found: None,
+    on_task: Callable[[Path, TaskScore, TaskData, dict[int, Ranking]], None] = lambda *found: None,
     show_progress_bar: bool = True,
 ) -> Scores | None:
     """
     Score a model on tasks in MMEB-V1's layout.
 
-    Vectors are kept in `output_dir` as they come, each query's ranking in `queries/TASK.jsonl`, the scores in
-    `scores.json`: the same call goes on where it was interrupted, and ends with the same files. Under `accelerate
-    launch` or torchrun, processes share the inputs of each task; they need one folder in common.
+    Vectors are kept in `output_dir/vectors` as they come; each query's ranking in `queries/TASK.jsonl` and the scores
+    in `scores.json` of a folder beside it, which has its name by all that decides them (see [`results_folder`]). The
+    same call goes on where it was interrupted, and ends with the same files; one for other tasks adds their scores to
+    those that are there. Under `accelerate launch` or torchrun, processes share the inputs of each task; they need one
+    folder in common.
 
     Args:
-        encoder ([`Encoder`]): Gives the vectors of a list of [`Item`]; `name`, `fingerprint`,
-            `weights`, `resolution`.
+        encoder ([`Encoder`]): Gives the vectors of a list of [`Item`]; `check`, `name`, `fingerprint`, `weights`,
+            `resolution`.
         tasks (`Sequence[Task]`).
         source (`str`), image_dir (`str` or `Path`), limit (`int`, *optional*), on_bad_row (`str`): As in
             [`read_task`].
         output_dir (`str` or `Path`).
         benchmark (`str`, defaults to `"MMEB-V1"`): Its name.
         of_tasks (`int`, *optional*): How many tasks the benchmark has; by default those given.
-        on_task (`Callable`, *optional*): Told each task's score, data and rankings by row.
+        on_task (`Callable`, *optional*): Told the folder of the results, and each task's score, data and rankings by
+            row.
         show_progress_bar (`bool`, defaults to `True`): One for each task.
 
     Returns:
-        [`Scores`]; none in processes other than the main one.
+        [`Scores`], those of earlier calls among them; none in processes other than the main one.
 
     Raises:
-        FileNotFoundError, ValueError: as [`read_task`]; an image is missing or corrupt; a vector is not all numbers.
+        FileNotFoundError, ValueError: as [`check_data`], before anything is embedded, and [`read_task`]; an image is
+            missing or corrupt; the model does not take such inputs; a vector is not all numbers.
     """
     state = PartialState()
-    folder = Path(output_dir)
+    data_state = {"source": label(source), "revision": check_data(tasks, source, image_dir)}
     settings = {
         "fingerprint": encoder.fingerprint,
         "weights": encoder.weights,
         "resolution": encoder.resolution,
         "limit": limit,
+        "data": data_state,
     }
+    vectors = Path(output_dir) / "vectors" / encoder.fingerprint[:16]
+    folder = results_folder(output_dir, encoder.name, settings)
     scores = Scores(benchmark, encoder.name, of_tasks or len(tasks), settings)
     for number, task in enumerate(tasks, start=1):
         data = read_task(task, source, image_dir, limit=limit, on_bad_row=on_bad_row)
-        store = VectorStore(folder / "vectors" / encoder.fingerprint[:16] / task.name)
+        store = VectorStore(vectors / task.name)
         keys = embed_task(
             encoder,
             data,
@@ -192,12 +109,28 @@ def evaluate_model(
         write_rankings(folder / "queries" / f"{task.name}.jsonl", data, rankings, Path(image_dir))
         scores.settings.setdefault("layouts", {})[task.name] = "instruct" if data.has_instructions else "v1"
         scores.tasks.append(score)
-        on_task(score, data, rankings)
+        on_task(folder, score, data, rankings)
     if not state.is_main_process:
         return None
-    with written_whole(folder / "scores.json") as path:
-        path.write_text(json.dumps(scores.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if (path := folder / "scores.json").is_file():
+        scores = scores.after(Scores.read(path))
+    scores.write(path)
     return scores
+
+
+def results_folder(output_dir: str | Path, model: str, settings: Mapping[str, Any]) -> Path:
+    """
+    Where the results of a model are kept, apart from those with other settings: its name tells the model, its
+    fingerprint, the state of the data, and what is not as usual.
+
+    Args:
+        output_dir (`str` or `Path`), model (`str`), settings (`Mapping`): As in [`evaluate_model`] and [`Scores`].
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.") or "model"
+    parts = [name, settings["fingerprint"][:8], settings["data"]["revision"][:8]]
+    parts += [settings["resolution"]] if settings["resolution"] else []
+    parts += [f"first-{settings['limit']}"] if settings["limit"] else []
+    return Path(output_dir) / "-".join(parts)
 
 
 def embed_task(
@@ -225,8 +158,10 @@ def embed_task(
 
     Raises:
         BadRowError: an image is missing or corrupt.
+        ValueError: the model does not take such inputs.
     """
     items = dict.fromkeys([*data.queries.values(), *data.candidates.values()])
+    encoder.check(data.task.name, items)
     digests = digest_images({item.image for item in items if item.image is not None})
     bad = {item: f"there is no image file {item.image}." for item in items if item.image and not digests[item.image]}
     leave_out(data, bad, on_bad_row)
@@ -238,7 +173,8 @@ def embed_task(
     def skip(item: Item, reason: str) -> None:
         leave_out(data, {other: reason for other, key in keys.items() if key == keys[item]}, on_bad_row)
 
-    embed = partial(embed_missing, encoder, inputs, store, title=title, skip=skip, readable=check_item)
+    readable = partial(check_item, resolution=encoder.resolution)
+    embed = partial(embed_missing, encoder, inputs, store, title=title, skip=skip, readable=readable)
     embed(
         process_index=state.process_index,
         num_processes=state.num_processes,

@@ -3,24 +3,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
-
+from .mmeb_files import has_instructions, load_rows
 from .mmeb_tasks import Task
-from .mmeb_texts import Places, places_of, query_text, target_name, target_texts
-
-V1_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
-"""Of `TIGER-Lab/MMEB-eval`: the instruction is inside the texts, the marker where the image stands."""
-
-INSTRUCT_COLUMNS = (*V1_COLUMNS, "qry_inst", "tgt_inst")
-"""Of `ziyjiang/MMEB_Test_Instruct`, which the benchmark's current evaluator reads: instructions apart."""
+from .mmeb_texts import places_of, query_text, target_name, target_texts
 
 
 class Item(NamedTuple):
@@ -40,8 +30,8 @@ class Item(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Its texts, joined."""
-        return "\n".join(text for _, text in self.places if text is not None)
+        """Its texts, as they stand around the image."""
+        return "".join(text for _, text in self.places if text is not None)
 
 
 @dataclass
@@ -106,21 +96,19 @@ def read_task(
         on_bad_row (`str`, defaults to `"raise"`): `"skip"` leaves rows out that cannot be scored.
 
     Raises:
-        FileNotFoundError: there are no such data, or there is no folder of images.
-        ValueError: the file is empty, or a column is missing.
+        FileNotFoundError, ValueError: as [`~mmeb_files.load_rows`]; `limit` is below 1, `on_bad_row` is neither.
         BadRowError: a row has no candidates, the right one is empty, its lists differ in length, or an image is
             marked that is not there.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be 1 or more rows of a task; got {limit}.")
+    if on_bad_row not in ("raise", "skip"):
+        raise ValueError(f"on_bad_row must be 'raise' or 'skip'; got {on_bad_row!r}.")
     dataset = load_rows(task.name, source)
-    columns = dataset.column_names
-    if missing := [name for name in V1_COLUMNS if name not in columns]:
-        raise ValueError(f"{task.name} in {source} lacks the columns {missing}; it has {columns}.")
     folder = Path(image_dir)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder} of images; name it with --images.")
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
-    data = TaskData(task, has_instructions=set(INSTRUCT_COLUMNS) <= set(columns))
+    data = TaskData(task, has_instructions(dataset.column_names))
     for row, values in enumerate(dataset):
         try:
             query, names = _read_row(data, values, folder)
@@ -137,38 +125,6 @@ def read_task(
     return data
 
 
-def load_rows(name: str, source: str) -> Dataset:
-    """
-    The rows of a task, from a folder or the Hub.
-
-    Raises:
-        FileNotFoundError: there is no file.
-        ValueError: the file is empty.
-    """
-    if (folder := Path(source)).is_dir():
-        for ending, builder in ((".parquet", "parquet"), (".jsonl", "json")):
-            if files := sorted(str(path) for path in (folder / name).glob(f"*{ending}")):
-                sizes = [
-                    pq.read_metadata(path).num_rows if builder == "parquet" else os.path.getsize(path)
-                    for path in files
-                ]
-                if not any(sizes):  # of which datasets says something that does not help
-                    raise ValueError(f"{name} in {source} has no rows; download it again.")
-                return load_dataset(builder, data_files=files, split="train")
-        there = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        raise FileNotFoundError(
-            f"There are no rows of {name} in {source}: no file {name}/*.parquet or {name}/*.jsonl. Its folders are "
-            f"{there}."
-        )
-    try:
-        return load_dataset(source, name, split="test")
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"{source} is neither a folder nor a dataset that can be had from the Hub ({error}); name the folder with "
-            "--data."
-        ) from error
-
-
 def _read_row(data: TaskData, row: Mapping[str, Any], folder: Path) -> tuple[Item, list[str]]:
     """A row's query and the names of its candidates; those of a new name are added to the task's."""
     task = data.task
@@ -176,8 +132,8 @@ def _read_row(data: TaskData, row: Mapping[str, Any], folder: Path) -> tuple[Ite
     texts = [text or "" for text in row["tgt_text"] or []]
     images = [path or "" for path in row["tgt_img_path"] or []]
     if data.has_instructions:
-        query = query_text(task, row["qry_inst"] or "", query)
-        shown = target_texts(task, row["tgt_inst"] or "", texts, images)
+        query = query_text(task, row.get("qry_inst") or "", query)
+        shown = target_texts(task, row.get("tgt_inst") or "", texts, images)
         if task.form not in ("text_to_image", "image_to_image"):
             images = [""] * len(texts)
         elif len(shown) != len(texts):
@@ -192,14 +148,12 @@ def _read_row(data: TaskData, row: Mapping[str, Any], folder: Path) -> tuple[Ite
     asked = places_of(query, image, folder)
     if not asked:
         raise ValueError("its query is empty.")
+    if not places_of(shown[0], images[0], folder):
+        raise ValueError("the right candidate, its first, is empty.")
     new: dict[str, Item] = {}
     for position, name in enumerate(names):
-        if name in data.candidates or name in new:
-            continue
-        places: Places = places_of(shown[position], images[position], folder)
-        if not places:
-            which = "the right candidate, its first," if position == 0 else f"candidate {position}"
-            raise ValueError(f"{which} is empty.")
-        new[name] = Item(tuple(places))
+        if name not in data.candidates and name not in new:
+            places = places_of(shown[position], images[position], folder)
+            new[name] = Item(tuple(places or [(None, shown[position])]))  # one that is wrong may be empty
     data.candidates.update(new)
     return Item(tuple(asked)), names

@@ -13,8 +13,8 @@ from PIL import Image
 from modeling_cocoa.inputs import load_image
 
 from .gallery import data_url, render_page
-from .mmeb import Scores, TaskScore
 from .mmeb_data import Item, TaskData
+from .mmeb_scores import Scores, TaskScore
 from .mmeb_tasks import KINDS, PUBLISHED_AS_OF, Published
 from .ranking import Ranking
 
@@ -45,7 +45,7 @@ def markdown_report(scores: Sequence[Scores], published: Sequence[Published] = (
     Tables of means and of tasks.
 
     Args:
-        scores (`Sequence[Scores]`): One a model, of the same tasks.
+        scores (`Sequence[Scores]`): One a model.
         published (`Sequence[Published]`): Others' figures, for comparison.
         heading (`str`, defaults to `"#"`): Of the title; of what is below it one `#` more.
     """
@@ -67,10 +67,11 @@ def markdown_report(scores: Sequence[Scores], published: Sequence[Published] = (
     lines += ["", f"{heading}# By task", ""]
     names = " | ".join(of_model.model for of_model in scores)
     lines += [f"| Task | Kind | | {names} |", "|---|---|---|" + "---:|" * len(scores)]
-    for place, task in enumerate(scores[0].tasks):
-        cells = [task_cell(of_model.tasks[place]) for of_model in scores]
+    by_task = [{task.task: task for task in of_model.tasks} for of_model in scores]
+    for name, task in {name: task for found in by_task for name, task in found.items()}.items():
+        cells = [task_cell(found[name]) if name in found else "–" for found in by_task]
         domain = "IND" if task.in_domain else "OOD"
-        lines.append(f"| {task.task} | {KINDS[task.kind]} | {domain} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {KINDS[task.kind]} | {domain} | {' | '.join(cells)} |")
     if any(task.ties for of_model in scores for task in of_model.tasks):
         lines += ["", "In brackets: the score if every tie went against the model."]
     return "\n".join(lines) + "\n"

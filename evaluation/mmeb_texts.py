@@ -16,8 +16,8 @@ from .mmeb_tasks import Task
 MARKER = "<|image_1|>"
 """Stands for the image in a text of the benchmark."""
 
-IMAGE_MARKER = re.compile(r"\s*<\|image_\d+\|>\s*")
-"""Where a text says that its image stands, with the space around it."""
+IMAGE_MARKER = re.compile(r"<\|image_\d+\|>")
+"""Where a text says that its image stands."""
 
 Places = list[tuple[str | None, str | None]]
 """An image's path or a text at each place of an input."""
@@ -83,8 +83,8 @@ def places_of(text: str | None, image_path: str | None, image_dir: Path) -> Plac
     """
     One side of a pair, in order: an image's path or a text at each place.
 
-    Without a marker in the text the image comes first. The space around the marker goes, the rest of the text stays
-    as published.
+    Only the marker goes; the rest of the text stays as published, with the space and the newlines around the image,
+    as the benchmark's evaluator shows it to a model. Without a marker in the text the image comes first.
 
     Args:
         text (`str`, *optional*), image_path (`str`, *optional*): Of the row; either may be empty.
@@ -106,4 +106,4 @@ def places_of(text: str | None, image_path: str | None, image_dir: Path) -> Plac
         raise ValueError(f"the image path {image_path!r} leads out of the folder of images.")
     image = (str(image_dir / path), None)
     before, after = texts if len(texts) > 1 else ("", text)
-    return [place for place in ((None, before), image, (None, after)) if place[0] or (place[1] or "").strip()]
+    return [place for place in ((None, before), image, (None, after)) if any(place)]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,12 @@ from rich.markdown import Markdown
 
 from modeling_cocoa.files import written_whole
 
-from .encoders import Encoder
-from .mmeb import Scores, TaskScore, evaluate_model
+from .encoders import Encoder, check_name
+from .mmeb import evaluate_model
 from .mmeb_data import TaskData
+from .mmeb_files import check_data
 from .mmeb_report import draw_chart, markdown_report, render_task
+from .mmeb_scores import Scores, TaskScore
 from .mmeb_tasks import Published, Task
 from .ranking import Ranking
 
@@ -42,8 +43,8 @@ def run_mmeb(
     console: Console | None = None,
 ) -> list[Scores]:
     """
-    Score models, and write `report.md`, `chart.png`, and for each model a folder with `scores.json`, each query's
-    ranking in `queries/` and a page of hits and misses for each task in `pages/`.
+    Score models, and write `report.md` and `chart.png` of them, and for each model a folder with `scores.json`, each
+    query's ranking in `queries/` and a page of hits and misses for each task in `pages/`.
 
     Args:
         models (`Sequence[str]`): Folders or Hub names of CoCoA checkpoints.
@@ -65,6 +66,9 @@ def run_mmeb(
     if not models and not baselines:
         raise ValueError("Name a model with --model, or --baseline.")
     datasets.disable_progress_bars()
+    for name in [*models, *baselines]:
+        check_name(name, revision)
+    check_data(tasks, source, image_dir)
     state, console, folder = PartialState(), console or Console(), Path(output_dir)
     found = []
     for name, is_cocoa in [*((name, True) for name in models), *((name, False) for name in baselines)]:
@@ -76,18 +80,17 @@ def run_mmeb(
             resolution=resolution,
             batch_size=batch_size,
         )
-        of_model = folder / f"{slug(encoder.name)}-{encoder.fingerprint[:8]}"
         scores = evaluate_model(
             encoder,
             tasks,
             source,
             image_dir,
-            of_model,
+            folder,
             benchmark=benchmark,
             of_tasks=of_tasks,
             limit=limit,
             on_bad_row=on_bad_row,
-            on_task=partial(write_page, of_model / "pages", encoder.name),
+            on_task=partial(write_page, encoder.name),
         )
         if scores is not None:
             found.append(scores)
@@ -106,13 +109,8 @@ def run_mmeb(
     return found
 
 
-def write_page(folder: Path, model: str, score: TaskScore, data: TaskData, rankings: dict[int, Ranking]) -> None:
+def write_page(model: str, folder: Path, score: TaskScore, data: TaskData, rankings: dict[int, Ranking]) -> None:
     """Write a task's page of hits and misses."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder / f"{score.task}.html") as path:
+    (folder / "pages").mkdir(parents=True, exist_ok=True)
+    with written_whole(folder / "pages" / f"{score.task}.html") as path:
         path.write_text(render_task(model, score, data, rankings), encoding="utf-8")
-
-
-def slug(name: str) -> str:
-    """A model's name as that of a folder."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pprint import pformat
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +18,6 @@ import torch
 from safetensors.numpy import load, save
 from tqdm.auto import tqdm
 
-from modeling_cocoa.files import written_whole
 from modeling_cocoa.inputs import CocoaInputError
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CHUNK = 1024
-"""Inputs whose vectors are kept together: what an interruption may lose."""
+"""Inputs whose vectors are kept together: what an interruption may lose ..."""
+CHUNKS = 16
+"""... but fewer, so that there are this many chunks for processes to share ..."""
+SMALLEST_CHUNK = 32
+"""... and yet as many as make a batch."""
 
 
 class VectorStore:
@@ -32,7 +37,8 @@ class VectorStore:
     Vectors by key, in a folder that several processes may add to.
 
     A file is named by the digest of what it holds: one that was damaged is found by its name, and its vectors count as
-    missing. Keep one folder for each model; see [`fingerprint`].
+    missing. One that a process is writing has another name, which a kill may leave behind. Keep one folder for each
+    model; see [`fingerprint`].
 
     Args:
         folder (`Path`): Need not exist.
@@ -46,7 +52,7 @@ class VectorStore:
 
     def refresh(self) -> None:
         """Read what other processes have added."""
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(self.folder.glob("[!.]*.safetensors")):
             if path in self._files:
                 continue
             content = path.read_bytes()
@@ -86,9 +92,13 @@ class VectorStore:
         digits = np.stack([np.frombuffer(bytes.fromhex(key), dtype=np.uint8) for key in keys])
         content = save({"keys": digits, "vectors": vectors})
         path = self.folder / f"{_digest(content)}.safetensors"
+        partial = self.folder / f".partial-{os.getpid()}-{path.name}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as partial:
+        try:
             partial.write_bytes(content)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
         self._vectors.update(zip(keys, vectors, strict=True))
         self._files.add(path)
 
@@ -116,7 +126,7 @@ def embed_missing(
         inputs (`Mapping`): By key, a digest of all that decides the input's vector besides the model.
         store ([`VectorStore`]).
         title (`str`): What the inputs are, for the progress bar.
-        process_index, num_processes (`int`): Take every so-many-th chunk.
+        process_index, num_processes (`int`): Take every so-many-th chunk; see [`chunk_size`].
         skip (`Callable`, *optional*): Told each input that cannot be read, with the reason; by default that raises.
         readable (`Callable`, *optional*): Raises `CocoaInputError` where an input cannot be read, at less cost than
             `encode`; used to find all bad ones of a chunk that has one.
@@ -126,11 +136,12 @@ def embed_missing(
         CocoaInputError: an input cannot be read; its position is the one in `inputs`.
     """
     keys = list(inputs)
-    chunks = range(process_index * CHUNK, len(keys), num_processes * CHUNK)
-    total = sum(min(CHUNK, len(keys) - first) for first in chunks)
+    size = chunk_size(len(keys))
+    chunks = range(process_index * size, len(keys), num_processes * size)
+    total = sum(min(size, len(keys) - first) for first in chunks)
     with tqdm(total=total, desc=title, unit="input", disable=not show_progress_bar) as progress:
         for first in chunks:
-            chunk = keys[first : first + CHUNK]
+            chunk = keys[first : first + size]
             missing = [key for key in chunk if key not in store]
             while missing:
                 try:
@@ -147,6 +158,11 @@ def embed_missing(
                     skip(inputs[key], reason)
                 missing = [key for key in missing if key not in bad]
             progress.update(len(chunk))
+
+
+def chunk_size(inputs: int) -> int:
+    """How many of so many inputs are embedded together; it does not depend on how many processes share them."""
+    return min(CHUNK, max(SMALLEST_CHUNK, math.ceil(inputs / CHUNKS)))
 
 
 def unreadable(inputs: Mapping[str, T], readable: Callable[[T], None]) -> dict[str, str]:
@@ -183,8 +199,8 @@ def fingerprint(model: torch.nn.Module, weights: str | None = None) -> str:
         weights (`str`, *optional*): Its [`weights_digest`], where that is known.
     """
     summary = hashlib.sha256((weights or weights_digest(model)).encode())
-    for part in (model, *model.children()):
-        summary.update(_reading_of(part).encode())
+    for name, part in model.named_modules(remove_duplicate=False):
+        summary.update(repr([name, *_reading_of(part)]).encode())
     summary.update(repr([_version(name) for name in LIBRARIES]).encode())
     return summary.hexdigest()
 
@@ -192,13 +208,15 @@ def fingerprint(model: torch.nn.Module, weights: str | None = None) -> str:
 LIBRARIES = ("cocoa-embed", "sentence-transformers", "torch", "transformers")
 
 
-def _reading_of(module: Any) -> str:
-    """Settings of a module that are not in its weights: configuration, processors, tokenizer, template."""
-    found: list[Any] = [type(module).__qualname__, getattr(module, "max_seq_length", None)]
+def _reading_of(module: Any) -> list[Any]:
+    """Settings of a module that are not in its weights: configuration, processors, tokenizer, template, prompts."""
+    found: list[Any] = [type(module).__qualname__]
+    found += [getattr(module, name, None) for name in ("max_seq_length", "truncate_dim", "default_prompt_name")]
+    found.append(pformat(getattr(module, "prompts", None)))
+    if hasattr(module, "get_config_dict"):  # of sentence-transformers' modules
+        found.append(pformat(module.get_config_dict()))
     if (backbone := getattr(module, "auto_model", None)) is not None:
-        found += [type(backbone).__qualname__, backbone.config.to_json_string()]
-    elif hasattr(module, "get_config_dict"):
-        found.append(json.dumps(module.get_config_dict(), sort_keys=True, default=str))
+        found.append(backbone.config.to_json_string())
     processor = getattr(module, "processor", None)
     for part in (processor, *(getattr(processor, name, None) for name in ("image_processor", "video_processor"))):
         if hasattr(part, "to_json_string"):
@@ -207,7 +225,7 @@ def _reading_of(module: Any) -> str:
     tokenizer = getattr(module, "tokenizer", None)
     if hasattr(tokenizer, "backend_tokenizer"):
         found.append(tokenizer.backend_tokenizer.to_str())
-    return repr(found)
+    return found
 
 
 def _version(name: str) -> str | None:

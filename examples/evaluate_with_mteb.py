@@ -6,6 +6,9 @@ A saved checkpoint needs no code of ours there: mteb loads it with sentence-tran
 model is, which a result on mteb's leaderboard needs, and makes a task of a folder of pictures with a `metadata.csv` of
 the columns file_name and text: each text is to find its picture.
 
+mteb keeps results by the names of task and model and the model's revision, and does not measure again what it finds
+there. So the revision is made from the model's weights and settings, and the task's name from the folder's files.
+
     python examples/evaluate_with_mteb.py --model my_model/final --pictures my_pictures
     python examples/evaluate_with_mteb.py --model my_model/final --task Flickr30kT2IRetrieval
 """
@@ -25,9 +28,12 @@ from mteb.models import ModelMeta
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
+from evaluation.mmeb_files import digest_files
+from evaluation.vectors import fingerprint
+
 
 class PicturesByText(AbsTaskRetrieval):
-    """Texts that search pictures, of a folder of your own."""
+    """Texts that search pictures; a folder of your own has a class of its own, which [`pictures_by_text`] makes."""
 
     metadata = TaskMetadata(
         name="PicturesByText",
@@ -38,7 +44,7 @@ class PicturesByText(AbsTaskRetrieval):
         main_score="ndcg_at_10",
         eval_splits=["test"],
         eval_langs=["eng-Latn"],
-        dataset={"path": "local", "revision": "1"},
+        dataset={"path": "local", "revision": "of a folder"},
         reference=None,
         date=None,
         domains=None,
@@ -50,9 +56,7 @@ class PicturesByText(AbsTaskRetrieval):
         bibtex_citation="",
     )
 
-    def __init__(self, folder: Path, **options: Any) -> None:
-        super().__init__(**options)
-        self.folder = folder
+    folder: Path
 
     def load_data(self, **options: Any) -> None:
         """The folder's pictures, and their texts as queries; mteb calls this."""
@@ -67,6 +71,20 @@ class PicturesByText(AbsTaskRetrieval):
         )
         self.dataset = {"default": {"test": split}}
         self.data_loaded = True
+
+
+def pictures_by_text(folder: Path) -> PicturesByText:
+    """
+    The task of a folder of pictures; one with other files is another task.
+
+    Args:
+        folder (`Path`): With a `metadata.csv`.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    revision = digest_files(files, folder)
+    changes = {"name": f"PicturesByText-{revision[:8]}", "dataset": {"path": "local", "revision": revision}}
+    metadata = PicturesByText.metadata.model_copy(update=changes)
+    return type("PicturesByText", (PicturesByText,), {"metadata": metadata, "folder": folder})()
 
 
 def describe(folder: str, name: str) -> ModelMeta:
@@ -85,7 +103,7 @@ def describe(folder: str, name: str) -> ModelMeta:
     return ModelMeta(
         loader=load,
         name=name,
-        revision="1",  # of a model on the Hub: the commit
+        revision=fingerprint(model)[:16],  # for mteb's leaderboard: the commit on the Hub
         release_date=None,
         languages=["eng-Latn"],
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -115,7 +133,7 @@ def main() -> None:
     options = parser.parse_args()
     tasks = [*mteb.get_tasks(tasks=options.task)] if options.task else []
     if options.pictures:
-        tasks.append(PicturesByText(options.pictures))
+        tasks.append(pictures_by_text(options.pictures))
     if not tasks:
         parser.error("give --pictures or --task")
     results = mteb.evaluate(

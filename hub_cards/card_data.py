@@ -14,8 +14,8 @@ from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from sentence_transformers.sentence_transformer import SentenceTransformerModelCardData
 
-from evaluation.mmeb import Scores
 from evaluation.mmeb_report import MEANS, markdown_report
+from evaluation.mmeb_scores import Scores
 from evaluation.mmeb_tasks import PUBLISHED
 from modeling_cocoa.files import written_whole
 from modeling_cocoa.saving import CARD_MARK

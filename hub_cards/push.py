@@ -22,6 +22,7 @@ from modeling_cocoa.saving import WEIGHT_FILES, code_files, mend_cocoa
 from .doors import find_door_problems
 from .folder_checks import find_problems, uploaded_files
 from .folder_facts import read_json
+from .space_folder import write_space
 
 NO_NAME = "path/or/name"
 """In cards of models that have no name on the Hub yet."""
@@ -98,6 +99,42 @@ def push_model(
             console.print("Nothing was uploaded: this was a dry run.")
             return None
         return upload(staging, repo_id, private, revision, token, commit_message)
+
+
+def push_space(
+    repo_id: str,
+    *,
+    model: str | None = None,
+    rebuild_model: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    dry_run: bool = False,
+    console: Console | None = None,
+) -> str | None:
+    """
+    Upload the app as a Space, as one commit; see [`~space_folder.write_space`].
+
+    Args:
+        repo_id (`str`): `organization/name`; created if there is none.
+        model, rebuild_model (`str`, *optional*): Hub names.
+        private, token, dry_run, console (*optional*): As in [`push_model`].
+
+    Returns:
+        `str`: Address of the commit; none of a dry run.
+
+    Raises:
+        ValueError: a model is not named as on the Hub.
+        PushError: the Hub did not take it; says what became of the repository.
+    """
+    console = console or Console()
+    with tempfile.TemporaryDirectory(prefix="cocoa-space-") as scratch:
+        folder = Path(scratch) / "space"
+        write_space(folder, model=model, rebuild_model=rebuild_model)
+        console.print(list_files(folder, repo_id, None))
+        if dry_run:
+            console.print("Nothing was uploaded: this was a dry run.")
+            return None
+        return upload(folder, repo_id, private, None, token, "Upload the app", repo_type="space", space_sdk="gradio")
 
 
 @contextmanager

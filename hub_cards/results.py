@@ -8,8 +8,8 @@ import os
 import re
 from pathlib import Path
 
-from evaluation.mmeb import Scores
 from evaluation.mmeb_report import draw_chart
+from evaluation.mmeb_scores import Scores
 from evaluation.mmeb_tasks import PUBLISHED
 from evaluation.vectors import weights_digest
 from modeling_cocoa.files import written_whole

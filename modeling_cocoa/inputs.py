@@ -25,6 +25,8 @@ ROLES = ("system", "user", "assistant", "query", "document")
 ITEM_KEYS = ("text", "image", "images", "video")
 MEDIA_SOURCES = ("path", "url")
 
+EMPTY_TEXT = "the text is empty; drop it, or leave the key out."
+
 MIN_IMAGE_SIDE = 4
 """Pixels. Less shows nothing, and an array's three channels could be taken for its side."""
 MAX_IMAGE_PIXELS = 89_478_485
@@ -166,6 +168,8 @@ class _Reader:
                 )
             if not parts:
                 raise CocoaInputError(f"the {role} message has no content.")
+            if all(part["type"] == "text" and not part["text"].strip() for part in parts):
+                raise CocoaInputError(EMPTY_TEXT)
             self.add_message(role, parts)
 
     def read_part(self, part: Any) -> dict[str, Any] | None:
@@ -183,6 +187,8 @@ class _Reader:
         values = [part[source] for source in sources if source in part]
         if len(values) > 1:
             raise CocoaInputError(f"{_one(kind)} part names its {kind} {len(values)} times; keep one of {sources}.")
+        if kind == "text" and values:
+            return _text_part(values[0], may_be_space=True)
         return self.read_value(kind, values[0]) if values else None
 
     def content_of(self, item: Any) -> list[dict[str, Any]]:
@@ -220,7 +226,7 @@ class _Reader:
         self.conversation.messages.append({"role": role, "content": content})
 
 
-def load_image(value: Any) -> Image.Image:
+def load_image(value: Any, size: tuple[int, int] | None = None) -> Image.Image:
     """
     Load and check one image.
 
@@ -230,9 +236,11 @@ def load_image(value: Any) -> Image.Image:
     Args:
         value: PIL image, path, `data:image/...` string, uint8 array or tensor of shape (height, width),
             (height, width, channels) or (channels, height, width), or a dict with `bytes` or `path`.
+        size (`tuple[int, int]`, *optional*): Width and height to stretch it to, whatever its shape.
 
     Raises:
-        CocoaInputError: it is missing, corrupt, too small, too large, or of another type.
+        CocoaInputError: it is missing, corrupt, too large, of another type, or where it keeps its shape too small or
+            too long.
     """
     name = "the image"
     if isinstance(value, Mapping):
@@ -256,14 +264,15 @@ def load_image(value: Any) -> Image.Image:
             f"an image cannot be a {type(value).__name__}; give a PIL image, a path, a uint8 array, or a dict with "
             "bytes or path."
         )
-    _check_size(value, name)
+    _check_size(value, name, keeps_shape=size is None)
     try:
         value.load()
         upright = ImageOps.exif_transpose(value) if is_file else value
     except Exception as error:  # decoders raise what they like
         raise CocoaInputError(f"{name} is corrupt ({_reason(error)}); mend or drop it.") from error
     upright = _eight_bits(upright, name)
-    return upright.convert("RGB") if is_file else upright
+    upright = upright.convert("RGB") if is_file else upright
+    return upright if size is None else upright.resize(size)
 
 
 def read_video(value: Any, video_processor: Any) -> tuple[np.ndarray, VideoMetadata]:
@@ -390,15 +399,17 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     return image
 
 
-def _check_size(image: Image.Image, name: str) -> None:
+def _check_size(image: Image.Image, name: str, keeps_shape: bool = True) -> None:
     width, height = image.size
-    if min(width, height) < MIN_IMAGE_SIDE:
-        raise CocoaInputError(
-            f"{name} is {width}x{height} pixels; each side must have at least {MIN_IMAGE_SIDE}. Drop it."
-        )
     if width * height > MAX_IMAGE_PIXELS:
         raise CocoaInputError(
             f"{name} is {width}x{height} pixels, more than the limit of {MAX_IMAGE_PIXELS}; resize it beforehand."
+        )
+    if not keeps_shape:
+        return
+    if min(width, height) < MIN_IMAGE_SIDE:
+        raise CocoaInputError(
+            f"{name} is {width}x{height} pixels; each side must have at least {MIN_IMAGE_SIDE}. Drop it."
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise CocoaInputError(
@@ -406,11 +417,12 @@ def _check_size(image: Image.Image, name: str) -> None:
         )
 
 
-def _text_part(text: Any) -> dict[str, Any]:
+def _text_part(text: Any, may_be_space: bool = False) -> dict[str, Any]:
+    """A text as a part; white space alone counts as one beside other parts of a message, such as a newline there."""
     if not isinstance(text, str):
         raise CocoaInputError(f"a text cannot be a {type(text).__name__}; give a str.")
-    if not text.strip():
-        raise CocoaInputError("the text is empty; drop it, or leave the key out.")
+    if not (text if may_be_space else text.strip()):
+        raise CocoaInputError(EMPTY_TEXT)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

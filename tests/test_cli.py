@@ -55,3 +55,18 @@ def test_a_missing_checkpoint_is_one_clear_line(invoke, tmp_path):
     assert result.exit_code == 1
     assert result.output.startswith("cocoa demo: ") and "holds no sentence-transformers checkpoint" in result.output
     assert "Traceback" not in result.output
+
+
+def test_an_app_of_no_folder_is_one_clear_line(invoke, tmp_path):
+    result = invoke("app", "--pictures", str(tmp_path / "nowhere"))
+    assert result.exit_code == 1 and result.output.startswith("cocoa app: There is no folder of pictures")
+
+
+def test_a_space_is_listed_and_not_uploaded(invoke):
+    result = invoke("push-space", "org/space", "--model", "org/model", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert (
+        "app.py" in result.output and "data/emoji.parquet" in result.output and "this was a dry run" in result.output
+    )
+    result = invoke("push-space", "org/space", "--model", "checkpoints", "--dry-run")
+    assert result.exit_code == 1 and "push it, and give its Hub name" in result.output

@@ -1,19 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples run as they stand, on real pictures."""
+"""The examples run as they stand, on real pictures, and so does the code of docs/serving.md."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import os
 import re
+import runpy
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
+from huggingface_hub import save_torch_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from transformers import Qwen2_5_VLModel, Qwen2VLForConditionalGeneration, Qwen2VLModel
 
 from tests.trainers.conftest import EMOJI, ROOT, run_python
+
+EXAMPLES = ROOT / "examples"
+TINY = ROOT / "checkpoints" / "cocoa-tiny"
 
 
 def write_pictures(folder: Path, split: str, count: int) -> list[str]:
@@ -50,14 +69,330 @@ def test_a_checkpoint_is_scored_by_mteb(tmp_path):
     folder = ROOT / "checkpoints" / "cocoa-tiny"
     options = ["--model", folder, "--pictures", tmp_path / "pictures", "--output", tmp_path / "results"]
     printed = run_python(ROOT / "examples" / "evaluate_with_mteb.py", *options, "--name", "org/cocoa-tiny")
-    score = float(re.search(r"PicturesByText: ndcg_at_10 (\d+\.\d+)", printed).group(1))
+    score = float(re.search(r"PicturesByText-\w+: ndcg_at_10 (\d+\.\d+)", printed).group(1))
     model = SentenceTransformer(str(folder), device="cpu")
     pictures = [Image.open(tmp_path / "pictures" / f"{place}.png") for place in range(60)]
     similarity = model.encode_query(names) @ model.encode_document(pictures).T
     ranks = (similarity >= similarity.diagonal()[:, None]).sum(1)
     expected = 100 * sum(1 / np.log2(rank + 1) for rank in ranks if rank <= 10) / 60
     assert score == pytest.approx(expected, abs=0.02) and score > 50
-    (file,) = (tmp_path / "results").rglob("PicturesByText.json")
+    (file,) = (tmp_path / "results").rglob("PicturesByText-*.json")
     found = json.loads(file.read_text())["scores"]["test"][0]
     assert found["recall_at_10"] == pytest.approx((ranks <= 10).mean(), abs=1e-4)
     assert "org__cocoa-tiny" in str(file)
+
+    def measured():
+        """The score now, and how many results are kept."""
+        printed = run_python(ROOT / "examples" / "evaluate_with_mteb.py", *options, "--name", "org/cocoa-tiny")
+        kept = list((tmp_path / "results").rglob("PicturesByText-*.json"))
+        return float(re.search(r"PicturesByText-\w+: ndcg_at_10 (\d+\.\d+)", printed).group(1)), len(kept)
+
+    table = tmp_path / "pictures" / "metadata.csv"
+    captions = table.read_text(encoding="utf-8")
+    texts = [line.split(",", 1)[1] for line in captions.splitlines()[1:]]
+    moved = [f"{place}.png,{text}" for place, text in enumerate(texts[1:] + texts[:1])]
+    table.write_text("\n".join(["file_name,text", *moved]), encoding="utf-8")
+    other, kept = measured()
+    assert other < score / 2 and kept == 2, "not the score of the folder as it was"
+    table.write_text(captions, encoding="utf-8")
+    shutil.copytree(folder, tmp_path / "model")
+    settings = tmp_path / "model" / "sentence_bert_config.json"
+    changed = {**json.loads(settings.read_text()), "processing_kwargs": {"image": {"do_normalize": False}}}
+    settings.write_text(json.dumps(changed))
+    options[1] = tmp_path / "model"
+    other, kept = measured()
+    assert other != score and kept == 3, "not the score of another model of the same name"
+
+
+def run_here(script: Path, *options: object) -> str:
+    """What an example prints that is run in this process, which has the libraries loaded."""
+    printed = io.StringIO()
+    with patch.object(sys, "argv", [str(script), *map(str, options)]), redirect_stdout(printed):
+        runpy.run_path(str(script), run_name="__main__")
+    return printed.getvalue()
+
+
+def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Of unit vectors, row by row."""
+    return (left * right).sum(axis=1)
+
+
+def test_every_kind_of_input_is_embedded(tmp_path):
+    """What is printed are the cosines of the model's own vectors; all doors agree."""
+    name = write_pictures(tmp_path / "pictures", "train", 60)[59]
+    picture = tmp_path / "pictures" / "59.png"
+    printed = run_python(EXAMPLES / "encode.py", picture, name)
+    found = dict(re.findall(r"^(\w.*?): +(-?\d\.\d\d)$", printed, flags=re.MULTILINE))
+    model = SentenceTransformer(str(TINY), device="cpu")
+    text, image, both = (
+        model.encode([value]) for value in (name, str(picture), {"image": str(picture), "text": name})
+    )
+    told = model.encode([name], prompt="Find the picture that the text describes.")
+    assert found == {
+        "text and picture": f"{cosines(text, image)[0]:.2f}",
+        "text and both together": f"{cosines(text, both)[0]:.2f}",
+        "picture and both together": f"{cosines(image, both)[0]:.2f}",
+        "dict and conversation": "1.00",
+        "text without and with an instruction": f"{cosines(text, told)[0]:.2f}",
+        "query and document": f"{cosines(text, image)[0]:.2f}",
+    }
+    assert cosines(text, image)[0] > 0.3, "an emoji that the model knows is near its name"
+    differences = [float(number) for number in re.findall(r"differs by (\S+) at most", printed)]
+    assert len(differences) == 2 and max(differences) < 1e-5
+
+
+def test_three_stages_train_and_go_on(tmp_path):
+    """Each stage starts from the last one's model, and the result embeds; a second call has nothing left to train."""
+    write_pictures(tmp_path / "pictures", "test", 60)
+    output = tmp_path / "model"
+    script = [EXAMPLES / "train_three_stages.py", tmp_path / "pictures", "--model", "tiny", "--output", output]
+    printed = run_python(*script, "--max-steps", 2)
+    stages = re.findall(r"^(\w+): (\d+) steps", printed, flags=re.MULTILINE)
+    assert stages == [("warmup", "2"), ("bridge", "2"), ("contrastive", "2")]
+    before, after = (int(number) for number in re.search(r"(\d+)% before, (\d+)% after", printed).groups())
+    assert 0 <= before <= 100 and 0 <= after <= 100 and "the first ten of 6:" in printed
+    folders = [TINY, output / "warmup" / "final", output / "bridge" / "final", output / "final"]
+    models = [load_file(folder / "model.safetensors") for folder in folders]
+
+    def distance(left: int, right: int) -> float:
+        return sum(float((value - models[right][name]).square().sum()) for name, value in models[left].items())
+
+    assert distance(1, 0) > 0
+    assert distance(2, 1) < distance(2, 0) and distance(3, 2) < distance(3, 1), "each starts where the last one ended"
+    assert SentenceTransformer(str(output / "final"), device="cpu").encode(["a cat"]).shape == (1, 192)
+    written = list(output.rglob("checkpoint-2/*.safetensors"))
+    times = [path.stat().st_mtime_ns for path in written]
+    assert run_here(*script, "--max-steps", 2) == printed
+    assert len(written) >= 3 and [path.stat().st_mtime_ns for path in written] == times, "nothing is trained again"
+    for name, value in load_file(output / "final" / "model.safetensors").items():
+        assert torch.equal(value, models[3][name])
+
+
+def test_models_are_scored_on_a_folder_of_pictures(tmp_path):
+    """Recall and nDCG are those of the vectors; a caption that two pictures share has two right answers."""
+    names = write_pictures(tmp_path / "pictures", "test", 40)
+    metadata = tmp_path / "pictures" / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace(f'1.png,"{names[1]}"', f'1.png,"{names[0]}"'))
+    names[1] = names[0]
+    printed = run_python(EXAMPLES / "evaluate_your_data.py", tmp_path / "pictures", "--misses", 1)
+    model = SentenceTransformer(str(TINY), device="cpu")
+    pictures = model.encode([str(tmp_path / "pictures" / f"{place}.png") for place in range(40)])
+    texts = [name for place, name in enumerate(names) if place != 1]
+    order = np.argsort(-model.encode(texts) @ pictures.T, axis=1, kind="stable")
+    found = [[names[place] for place in row] for row in order]
+    pairs = list(zip(texts, found, strict=True))
+    first, ten = (np.mean([row[:k].count(text) / names.count(text) for text, row in pairs]) for k in (1, 10))
+    number = r"(\d+\.\d)%"
+    scores = re.search(f"text → picture of 40: Recall@1 {number}, Recall@10 {number} .{number} to {number}.", printed)
+    at_1, at_10, low, high = (float(value) / 100 for value in scores.groups())
+    assert at_1 == pytest.approx(first, abs=6e-4) and at_10 == pytest.approx(ten, abs=6e-4)
+    assert low < at_10 < high and at_10 > 0.4
+    assert "picture → text of 39: " in printed
+    query, wrong, right = re.search(r"'(.*)' finds '(\d+)\.png', and '(\d+)\.png' not among", printed).groups()
+    assert names[int(right)] == query and order[texts.index(query)][0] == int(wrong)
+    assert int(right) not in order[texts.index(query)][:10]
+
+
+def test_a_folder_is_searched_with_faiss(tmp_path):
+    """The emoji asked for is found; later calls embed only what is new or was changed, and forget what is gone."""
+    pytest.importorskip("faiss")
+    names = write_pictures(tmp_path / "pictures", "train", 40)
+    folder, index = tmp_path / "pictures", tmp_path / "index"
+    script = EXAMPLES / "search_folder_with_faiss.py"
+    wanted = names.index(next(name for name in names if "keycap" not in name))
+
+    def search(query: object, top: int, run: Callable[..., str] = run_here) -> tuple[str, list[str]]:
+        printed = run(script, folder, query, "--index", index, "--top", top)
+        return printed.splitlines()[0], re.findall(r"^  -?\d\.\d\d  (.*)$", printed, flags=re.MULTILINE)
+
+    counted, found = search(names[wanted], 3, run_python)
+    assert counted == "Embedded 40 of 40 pictures; 0 were in the index."
+    assert f"{wanted}.png" in found and len(found) == 3
+    (folder / f"{wanted}.png").rename(folder / "moved.png")
+    os.utime(folder / "0.png", (1, 1))
+    (folder / "1.png").unlink()
+    counted, found = search(folder / "moved.png", 100)
+    assert counted == "Embedded 2 of 39 pictures; 37 were in the index."
+    assert found[0] == "moved.png" and len(found) == 39
+    assert set(found) == {path.name for path in folder.glob("*.png")}
+    assert search(names[wanted], 100)[0] == "Embedded 0 of 39 pictures; 39 were in the index."
+    assert sorted(path.name for path in index.iterdir()) == ["files.json", "vectors.faiss"]
+
+
+def test_an_index_of_another_model_is_refused(tmp_path, capsys):
+    """Its vectors cannot be compared; nothing is overwritten."""
+    pytest.importorskip("faiss")
+    write_pictures(tmp_path / "pictures", "train", 2)
+    (tmp_path / "files.json").write_text('{"model": "another", "files": []}')
+    with pytest.raises(SystemExit):
+        run_here(EXAMPLES / "search_folder_with_faiss.py", tmp_path / "pictures", "cat", "--index", tmp_path)
+    assert "made by another model" in capsys.readouterr().err
+    assert (tmp_path / "files.json").read_text() == '{"model": "another", "files": []}'
+
+
+def test_several_processes_give_the_vectors_of_one(tmp_path):
+    """In the order of the names, to 1e-6."""
+    write_pictures(tmp_path / "pictures", "train", 30)
+    output = tmp_path / "vectors.npy"
+    options = ["--devices", "cpu", "cpu", "--output", output]
+    printed = run_python(EXAMPLES / "encode_on_several_devices.py", tmp_path / "pictures", *options)
+    assert "30 vectors by 2 processes (cpu, cpu)" in printed
+    assert float(re.search(r"gives the same to (\S+)\.", printed).group(1)) < 1e-6
+    names = json.loads(output.with_suffix(".json").read_text())
+    expected = SentenceTransformer(str(TINY), device="cpu").encode(
+        [str(tmp_path / "pictures" / name) for name in names]
+    )
+    np.testing.assert_allclose(np.load(output, allow_pickle=False), expected, rtol=0, atol=1e-6)
+    assert sorted(names) == sorted(path.name for path in (tmp_path / "pictures").glob("*.png"))
+
+
+def test_small_vectors_find_nearly_as_much(tmp_path):
+    """8 bits find what floats find; one bit finds less, and most of it again with rescoring."""
+    pytest.importorskip("faiss")
+    names = write_pictures(tmp_path / "pictures", "test", 120)
+    printed = run_python(EXAMPLES / "small_vectors.py", tmp_path / "pictures")
+    rows = re.findall(r"^(\d+ \S+(?: \w+)?) +(\d+) +(\d+) MiB +(\d+\.\d)%$", printed, flags=re.MULTILINE)
+    sizes = {form: int(size) for form, size, _, _ in rows}
+    recall = {form: float(share) / 100 for form, _, _, share in rows}
+    assert sizes == {
+        "192 float32": 768,
+        "96 float32": 384,
+        "192 int8": 192,
+        "192 binary": 24,
+        "192 binary, rescored": 24,
+    }
+    model = SentenceTransformer(str(TINY), device="cpu")
+    pictures = model.encode([str(tmp_path / "pictures" / f"{place}.png") for place in range(120)])
+    similarity = model.encode(names) @ pictures.T
+    ranks = (similarity >= similarity.diagonal()[:, None]).sum(axis=1)
+    assert recall["192 float32"] == pytest.approx((ranks <= 10).mean(), abs=6e-4)
+    assert abs(recall["192 int8"] - recall["192 float32"]) <= 0.02
+    assert 0.2 < recall["192 binary"] < recall["192 float32"]
+    assert abs(recall["192 binary, rescored"] - recall["192 float32"]) <= 0.04
+    assert 0.2 < recall["96 float32"] <= recall["192 float32"]
+
+
+def snippet(containing: str) -> str:
+    """The Python block of docs/serving.md with a text in it."""
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    (block,) = [block for block in blocks if containing in block]
+    return block
+
+
+@contextmanager
+def embedding_server(embed: Callable[[list[dict[str, Any]], bool], np.ndarray]) -> Iterator[str]:
+    """An engine with OpenAI's API on loopback: its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert self.path == "/v1/embeddings" and body["model"] == "my-model-vllm"
+            for message in body["messages"]:
+                for part in message["content"]:
+                    if part["type"] == "image_url":
+                        data = base64.b64decode(part.pop("image_url")["url"].partition("base64,")[2])
+                        part.update(type="image", image=Image.open(io.BytesIO(data)).convert("RGB"))
+            vector = embed(body["messages"], body.get("add_special_tokens", False))
+            answer = json.dumps({"data": [{"embedding": vector.tolist()}]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args: Any) -> None:
+            """Quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/v1/embeddings"
+        server.shutdown()
+        thread.join()
+
+
+def embedder(model: SentenceTransformer) -> Callable[[list[dict[str, Any]], bool], np.ndarray]:
+    """As an engine does it: without the tokenizer's special tokens, unless it is asked for them."""
+
+    def embed(messages: list[dict[str, Any]], add_special_tokens: bool) -> np.ndarray:
+        features = model.preprocess([messages])
+        if not add_special_tokens:
+            for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+                features[name] = features[name][:, :-1]
+        with torch.inference_mode():
+            return model(features)["sentence_embedding"][0].numpy()
+
+    return embed
+
+
+def causal_copy(folder: Path) -> SentenceTransformer:
+    """The tiny checkpoint, read in one direction."""
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["is_causal"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+def test_the_check_of_the_serving_page_tells_right_vectors_from_wrong_ones(tmp_path, monkeypatch, capsys):
+    """It passes with the model's vectors, and with neither a causal mask nor a last token that is missing."""
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "pictures", "train", 1)
+    (tmp_path / "pictures" / "0.png").rename(tmp_path / "cat.png")
+    shutil.copytree(TINY, tmp_path / "my-model")
+    model = SentenceTransformer("my-model", device="cpu")
+    code = snippet("urllib.request")
+
+    def check(embed: Callable[[list[dict[str, Any]], bool], np.ndarray], code: str = code) -> list[float]:
+        with embedding_server(embed) as url:
+            exec(compile(code.replace("http://localhost:8000/v1/embeddings", url), "serving.md", "exec"), {})
+        return [float(line[:6]) for line in capsys.readouterr().out.splitlines()]
+
+    assert check(embedder(model)) == [1.0] * 5
+    with pytest.raises(AssertionError, match="not the model's vectors"):
+        check(embedder(causal_copy(tmp_path / "causal")))
+    with pytest.raises(AssertionError, match="not the model's vectors"):
+        check(embedder(model), code.replace(', "add_special_tokens": True', ""))
+
+
+def test_the_copy_for_vllm_holds_the_same_model(tmp_path, monkeypatch):
+    """Whole or in shards: under the names of the generative class, which is what engines map, and with both flags."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY, tmp_path / "my-model", ignore=shutil.ignore_patterns("*.safetensors"))
+    save_torch_state_dict(load_file(TINY / "model.safetensors"), "my-model", max_shard_size="4MB")
+    exec(compile(snippet("copytree"), "serving.md", "exec"), {})
+    copy = tmp_path / "my-model-vllm"
+    index = json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"]
+    held = {name: path.name for path in copy.glob("*.safetensors") for name in load_file(path)}
+    assert held == index and len(set(index.values())) > 1
+    assert {tuple(name.split(".")[:2]) for name in held} == {("model", "visual"), ("model", "language_model")}
+    generative, loaded = Qwen2VLForConditionalGeneration.from_pretrained(copy, output_loading_info=True)
+    assert not loaded["unexpected_keys"] and set(loaded["missing_keys"]) <= {"lm_head.weight"}
+    assert generative.config.is_causal is False and generative.config.text_config.is_causal is False
+    assert generative.config.architectures == ["Qwen2VLForConditionalGeneration"]
+    model = SentenceTransformer(str(TINY), device="cpu")
+    features = model.preprocess(["a cat with heart eyes"])
+    with torch.inference_mode():
+        hidden = generative.model(**{key: features[key] for key in ("input_ids", "attention_mask")}).last_hidden_state
+    vector = torch.nn.functional.normalize(hidden[:, -1], dim=-1).numpy()
+    np.testing.assert_allclose(vector, model.encode(["a cat with heart eyes"]), rtol=0, atol=1e-5)
+
+
+def test_what_the_serving_page_says_of_the_folder(tmp_path):
+    """The facts by which engines refuse it or get it wrong."""
+    config, pooling, layout = (
+        json.loads((TINY / name).read_text())
+        for name in ("config.json", "1_Pooling/config.json", "sentence_bert_config.json")
+    )
+    assert config["text_config"]["is_causal"] is False and "is_causal" not in config
+    assert config["architectures"] == ["Qwen2VLModel"] and "vision_config" in config
+    assert "pooling_mode_cls_token" not in pooling and "max_seq_length" not in layout
+    assert not hasattr(Qwen2VLModel, "get_text_features") and not hasattr(Qwen2_5_VLModel, "get_text_features")
+    model = SentenceTransformer(str(TINY), device="cpu")
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a cat"}]}]
+    template = model[0].processor.apply_chat_template(messages)
+    assert template == "<|im_start|>user\na cat"
+    assert model.tokenizer.decode(model.tokenizer(template).input_ids) == f"{template}<|im_end|>"
+    names = Dataset.from_parquet(str(EMOJI))["name"][:200]
+    found = cosines(model.encode(names), causal_copy(tmp_path / "causal").encode(names))
+    assert f"{found.min():.2f}, {np.median(found):.2f}" == "0.18, 0.74"

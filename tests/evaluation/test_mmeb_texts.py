@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts of MMEB-V1, newline by newline, as the benchmark's evaluator makes them; and which tasks there are."""
 
-from pathlib import Path
-
 import pytest
+from datasets import Dataset
+from PIL import Image
 
+from evaluation.assets import asset_path
+from evaluation.mmeb_data import read_task
 from evaluation.mmeb_tasks import MMEB_V1, PUBLISHED, find_tasks
-from evaluation.mmeb_texts import places_of, query_text, target_name, target_texts
+from evaluation.mmeb_texts import query_text, target_name, target_texts
+from modeling_cocoa.inputs import CocoaInputError, Conversation
+from modeling_cocoa.processing_cocoa import CocoaProcessor
 
 TASKS = {task.name: task for task in MMEB_V1}
 
@@ -113,14 +117,81 @@ def test_names_of_candidates(task, expected):
     assert target_name(TASKS[task], '"a"', "x.jpg") == expected
 
 
-def test_the_marker_says_where_the_image_stands():
-    folder = Path("images")
-    assert places_of("<|image_1|>\nFind it.\n", "a.jpg", folder) == [("images/a.jpg", None), (None, "Find it.\n")]
-    assert places_of("Like <|image_1|> this", "a.jpg", folder) == [
-        (None, "Like"),
-        ("images/a.jpg", None),
-        (None, "this"),
+INSTRUCT = {  # of each form, as ziyjiang/MMEB_Test_Instruct has it: qry_inst, qry_text, tgt_inst, tgt_text
+    "classification": ("VOC2007", "<|image_1|>\nIdentify the object", "", "", ["red"]),
+    "question": ("GQA", "<|image_1|>\nAnswer:", "Which?", "", ["red\n"]),
+    "image_to_text": ("MSCOCO_i2t", "<|image_1|> Find a caption. ", "", "", ["A cat."]),
+    "text_to_image": ("MSCOCO_t2i", "Find it:", "A cat.", "<|image_1|>\nRepresent it.", [""]),
+    "image_to_image": ("NIGHTS", "<|image_1|> Find it.", "", "<|image_1|>\nRepresent it.", [""]),
+    "with captions": ("RefCOCO-Matching", "<|image_1|>\nSelect", "red", "<|image_1|> Represent", ["blue"]),
+}
+V1 = {  # and as TIGER-Lab/MMEB-eval has it: qry_text, tgt_text
+    "classification": ("<|image_1|>\nIdentify the object\n", ["red"]),
+    "question": ("<|image_1|>\nAnswer: Which?\n", ["red\n"]),
+    "image_to_text": ("<|image_1|>  Find a caption. \n", ["A cat."]),
+    "text_to_image": ("Find it: A cat.\n", ["<|image_1|>\nRepresent it.\n"]),
+    "image_to_image": ("<|image_1|>\nFind it.\n", ["<|image_1|>\nRepresent it."]),
+    "with captions": ("<|image_1|>\nSelect red\n", ["<|image_1|>  Represent blue\n"]),
+}
+IMAGE, TARGET = ("images/a.png", None), ("images/b.png", None)
+PLACES = {  # what the benchmark's evaluator shows: the image's token, and this
+    "classification": ([IMAGE, (None, "\nIdentify the object\n")], [(None, "red")]),
+    "question": ([IMAGE, (None, "\nAnswer: Which?\n")], [(None, "red\n")]),
+    "image_to_text": ([IMAGE, (None, "  Find a caption. \n")], [(None, "A cat.")]),
+    "text_to_image": ([(None, "Find it: A cat.\n")], [TARGET, (None, "\nRepresent it.\n")]),
+    "image_to_image": ([IMAGE, (None, "\nFind it.\n")], [TARGET, (None, "\nRepresent it.")]),
+    "with captions": ([IMAGE, (None, "\nSelect red\n")], [TARGET, (None, "  Represent blue\n")]),
+}
+
+
+@pytest.mark.parametrize("form", INSTRUCT)
+@pytest.mark.parametrize("layout", ["instruct", "v1"])
+def test_what_a_model_is_shown(tmp_path, form, layout):
+    """The marker goes, and nothing else: no space and no newline around it."""
+    name, *instruct = INSTRUCT[form]
+    images = {"qry_img_path": "" if form == "text_to_image" else "a.png"}
+    images["tgt_img_path"] = ["b.png" if "image" in form.split("_")[-1] or form == "with captions" else ""]
+    columns = ("qry_inst", "qry_text", "tgt_inst", "tgt_text") if layout == "instruct" else ("qry_text", "tgt_text")
+    row = dict(zip(columns, instruct if layout == "instruct" else V1[form], strict=True)) | images
+    (tmp_path / name).mkdir()
+    Dataset.from_list([row]).to_parquet(str(tmp_path / name / "test.parquet"))
+    data = read_task(TASKS[name], str(tmp_path), "images")
+    asked, shown = PLACES[form]
+    assert list(data.queries[0].places) == asked
+    assert [list(item.places) for item in data.candidates.values()] == [shown]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\nIdentify the object\n", "  Find a caption. \n", " \n", "\n\n", "\tx", " "],
+)
+def test_the_processor_keeps_white_space_beside_an_image(text):
+    """In an evaluation and from a row of training data alike."""
+    processor = CocoaProcessor.from_pretrained(asset_path("checkpoints/cocoa-tiny"))
+    image = Image.new("RGB", (56, 56), "red")
+    rendered = Conversation(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}], [image]
+    )
+    row = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": image, "text": None},
+                {"type": "text", "text": text, "image": None},
+            ],
+        }
     ]
+    evaluated, trained = processor.encode([rendered, row])
+    assert processor.tokenizer.decode(evaluated["input_ids"]).split("<|vision_end|>")[1] == f"{text}<|im_end|>"
+    assert evaluated["input_ids"].tolist() == trained["input_ids"].tolist()
+
+
+def test_white_space_alone_is_no_input():
+    processor = CocoaProcessor.from_pretrained(asset_path("checkpoints/cocoa-tiny"))
+    for parts in ([" \n"], ["\n", " "], [""], ["a", ""]):
+        content = [{"type": "text", "text": text} for text in parts]
+        with pytest.raises(CocoaInputError, match="the text is empty"):
+            processor.encode([[{"role": "user", "content": content}]])
 
 
 def test_there_are_the_36_tasks():

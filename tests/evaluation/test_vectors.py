@@ -3,11 +3,14 @@
 
 import copy
 import hashlib
+import os
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from evaluation import vectors
 from evaluation.assets import asset_path
@@ -81,6 +84,38 @@ def test_a_damaged_file_is_computed_again(tmp_path, inputs, damage, caplog):
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
 
 
+def test_every_process_gets_some_of_few_inputs(tmp_path):
+    """Unless they are fewer than make a batch; and what is embedded together is the same for any number of them."""
+    inputs = {key(text): text for text in map(str, range(150))}
+    calls = {}
+    for count in (1, 4):
+        calls[count] = []
+        for index in range(count):
+            counting = Counting()
+            embed(counting, inputs, tmp_path / str(count), process_index=index, num_processes=count)
+            calls[count].append(counting.calls)
+    assert [sum(map(len, parts)) for parts in calls[4]] == [54, 32, 32, 32]
+    assert sorted(sum(calls[4], [])) == sorted(calls[1][0])
+    assert [vectors.chunk_size(inputs) for inputs in (1, 500, 512, 8000, 10**6)] == [32, 32, 32, 500, 1024]
+
+
+def test_a_file_that_another_process_is_writing_is_left_alone(tmp_path, inputs, monkeypatch, caplog):
+    """And so is what a killed one left behind."""
+    left = tmp_path / f".partial-1-{'0' * 40}.safetensors"
+    left.write_bytes(b"half of it")
+    replace, seen = os.replace, []
+
+    def replace_later(partial, path):
+        seen.append(len(VectorStore(tmp_path)))  # another process opens the folder now
+        assert str(os.getpid()) in partial.name
+        replace(partial, path)
+
+    monkeypatch.setattr(os, "replace", replace_later)
+    store = embed(Counting(), inputs, tmp_path)
+    assert seen == [0, 4, 8] and len(store) == len(VectorStore(tmp_path)) == 10
+    assert left.is_file() and not caplog.text
+
+
 def test_bad_inputs_are_named_or_skipped(tmp_path, inputs):
     with pytest.raises(CocoaInputError, match="Item 6: it is bad"):
         embed(Counting(bad={"6", "7"}), inputs, tmp_path / "raise")
@@ -143,3 +178,32 @@ def test_a_fingerprint_of_a_stock_model_sees_pooling_and_sizes():
     short.max_seq_length = 9
     assert fingerprint(known) == fingerprint(same)
     assert len({fingerprint(known), fingerprint(mean), fingerprint(short)}) == 3
+
+
+def test_a_fingerprint_of_a_stock_model_sees_all_that_its_modules_save():
+    """How they process inputs, how long a vector is, and what is within a router."""
+    path = str(asset_path("checkpoints/cocoa-tiny"))
+    model = SentenceTransformer(path, device="cpu")
+    known = fingerprint(model)
+    changes = (
+        ("processing_kwargs", {"image": {"do_normalize": False}}),
+        ("processing_kwargs", {"text": {"max_length": 4}}),
+        ("modality_config", {"text": model[0].modality_config["text"]}),
+    )
+    found = set()
+    for name, value in changes:
+        before = getattr(model[0], name)
+        setattr(model[0], name, value)
+        found.add(fingerprint(model))
+        setattr(model[0], name, before)
+    model.truncate_dim = 8
+    found.add(fingerprint(model))
+    model.truncate_dim = None
+    assert fingerprint(model) == known and len({known, *found}) == 5
+
+    def routed(*modes):
+        routes = {name: [model[0], Pooling(192, pooling_mode=mode)] for name, mode in zip("ab", modes, strict=True)}
+        return fingerprint(SentenceTransformer(modules=[Router(routes, default_route="a")], device="cpu"))
+
+    assert len({routed("mean", "cls"), routed("cls", "mean"), routed("cls", "cls")}) == 3
+    assert routed("cls", "mean") == routed("cls", "mean")

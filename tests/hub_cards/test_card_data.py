@@ -12,7 +12,7 @@ from huggingface_hub import DatasetCard, ModelCard
 from sentence_transformers import SentenceTransformer
 
 from evaluation.emoji_tasks import EMOJI_TASKS
-from evaluation.mmeb import Scores, TaskScore
+from evaluation.mmeb_scores import Scores, TaskScore
 from evaluation.vectors import weights_digest
 from hub_cards import CocoaModelCardData, write_card
 from hub_cards.card_data import stage_table

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 from datasets import Dataset
-from huggingface_hub import CommitOperationAdd, ModelCard
+from huggingface_hub import CommitOperationAdd, ModelCard, SpaceCard
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 
 import hub_cards.push
 from hub_cards.doors import SCRIPT, find_door_problems
-from hub_cards.push import FolderError, PushError, push_model
+from hub_cards.push import FolderError, PushError, push_model, push_space
 from modeling_cocoa.saving import mend_cocoa
 from tests.trainers.conftest import ROOT
 from trainers import CocoaContrastiveConfig, CocoaContrastiveTrainer
@@ -271,6 +271,17 @@ def test_a_trainer_pushes_what_it_trained(api, hub, tmp_path, without_doors):
     (stage,) = json.loads(remote["training.json"])["stages"]
     assert stage["steps"] == 1 and "optimizer.pt" not in remote
     assert ModelCard(remote["README.md"].decode()).data.library_name == "sentence-transformers"
+
+
+def test_a_space_is_pushed_whole_with_the_names_of_its_models(api, hub):
+    push_space("org/search", model=NAME, private=True, console=Console(file=io.StringIO()))
+    space = hub.repository("org/search", "space")
+    files = space.head().files
+    assert space.private and {"app.py", "requirements.txt", "data/NOTICE", "modeling_cocoa/saving.py"} <= set(files)
+    assert b'setdefault("COCOA_MODEL", "org/cocoa-tiny")' in files["app.py"]
+    head = SpaceCard(files["README.md"].decode()).data
+    assert (head.sdk, head.app_file, head.models) == ("gradio", "app.py", [NAME])
+    assert not [name for name in files if "__pycache__" in name or name.endswith((".pyc", ".safetensors"))]
 
 
 def test_a_folder_that_is_none(tmp_path):

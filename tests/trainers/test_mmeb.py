@@ -58,10 +58,11 @@ def folder(tmp_path, emoji):
 @pytest.mark.parametrize(
     ("text", "path", "expected"),
     [
-        ("<|image_1|>\nRead it.\n", "a.jpg", [("images/a.jpg", None), (None, "Read it.\n")]),
-        ("Read <|image_1|> aloud", "a.jpg", [(None, "Read"), ("images/a.jpg", None), (None, "aloud")]),
-        ("Read it: <|image_1|>", "a.jpg", [(None, "Read it:"), ("images/a.jpg", None)]),
+        ("<|image_1|>\nRead it.\n", "a.jpg", [("images/a.jpg", None), (None, "\nRead it.\n")]),
+        ("Read <|image_1|> aloud", "a.jpg", [(None, "Read "), ("images/a.jpg", None), (None, " aloud")]),
+        ("Read it: <|image_1|>", "a.jpg", [(None, "Read it: "), ("images/a.jpg", None)]),
         ("<|image_1|>", "a.jpg", [("images/a.jpg", None)]),
+        (" <|image_1|>\n", "a.jpg", [(None, " "), ("images/a.jpg", None), (None, "\n")]),
         ("a caption", "b/a.jpg", [("images/b/a.jpg", None), (None, "a caption")]),
         ("a caption", None, [(None, "a caption")]),
         (None, "a.jpg", [("images/a.jpg", None)]),
@@ -96,9 +97,9 @@ def test_pairs_become_documents_and_empty_sides_are_dropped(folder, is_streamed)
     assert len(rows) == 4
     assert rows[0] == {
         "images": [str(folder / "a/0.png"), None, None],
-        "texts": [None, "Represent the given image for classification\n", "cat"],
+        "texts": [None, "\nRepresent the given image for classification\n", "cat"],
     }
-    assert rows[2]["texts"] == [ROWS["qry"][2], None, "Represent the given image.\n"]
+    assert rows[2]["texts"] == [ROWS["qry"][2], None, "\nRepresent the given image.\n"]
     assert rows[2]["images"] == [None, str(folder / "b/0.png"), None]
     assert [image is not None for image in rows[3]["images"]] == [True, False, True, False]
 
@@ -175,10 +176,10 @@ def test_pairs_become_rows_of_contrastive_training(folder):
     rows = pairs_as_inputs(Dataset.from_dict(ROWS), folder)
     rows = rows.cast(undecoded(rows.features))
     assert rows.column_names == ["query", "positive", "negative_1"] and len(rows) == 4
-    assert texts_of(rows[0]["query"]) == ["0.png", "Represent the given image for classification\n"]
+    assert texts_of(rows[0]["query"]) == ["0.png", "\nRepresent the given image for classification\n"]
     assert texts_of(rows[0]["positive"]) == ["cat"]
     assert texts_of(rows[2]["query"]) == [ROWS["qry"][2]]
-    assert texts_of(rows[3]["positive"]) == ["1.png", "Represent the given cropped image of the object\n"]
+    assert texts_of(rows[3]["positive"]) == ["1.png", "\nRepresent the given cropped image of the object\n"]
     negatives = [texts_of(row["negative_1"]) for row in rows]
     assert negatives[0] == ["dog"] and negatives[3] == ["cat"], "another row's positive where there is none"
     texts = pairs_as_inputs(Dataset.from_dict(only(0, 1)), folder)

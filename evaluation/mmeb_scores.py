@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores in MMEB-V1's form, of a task and of a model, and the file that they are kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from modeling_cocoa.files import written_whole
+
+from .mmeb_tasks import KINDS, Kind
+
+
+@dataclass
+class TaskScore:
+    """
+    A model's score on one task. All in percent.
+
+    Args:
+        task (`str`), kind (`str`), in_domain (`bool`): Of the task.
+        precision_at_1 (`float`): The benchmark's score.
+        precision_at_1_ties_against (`float`): What it would be if every tie went against the model.
+        ties (`int`): Queries of which another candidate scores the same as the right one.
+        recall_at_5, recall_at_10, mrr_at_10, ndcg_at_10 (`float`).
+        queries, candidates, inputs (`int`): Scored, of different names, and embedded.
+        skipped_rows (`int`): Rows that could not be scored.
+    """
+
+    task: str
+    kind: Kind
+    in_domain: bool
+    precision_at_1: float
+    precision_at_1_ties_against: float
+    ties: int
+    recall_at_5: float
+    recall_at_10: float
+    mrr_at_10: float
+    ndcg_at_10: float
+    queries: int
+    candidates: int
+    inputs: int
+    skipped_rows: int = 0
+
+
+@dataclass
+class Scores:
+    """
+    A model's scores on a benchmark.
+
+    Args:
+        benchmark (`str`), model (`str`): Their names.
+        tasks (`list[TaskScore]`).
+        of_tasks (`int`): How many tasks the benchmark has.
+        settings (`dict`): What else decides the scores.
+    """
+
+    benchmark: str
+    model: str
+    of_tasks: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    tasks: list[TaskScore] = field(default_factory=list)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether tasks or rows are missing, so that the means are no score of the benchmark."""
+        return (
+            len(self.tasks) < self.of_tasks
+            or self.settings.get("limit") is not None
+            or any(task.skipped_rows for task in self.tasks)
+        )
+
+    def mean(self, keep: Callable[[TaskScore], bool] = lambda task: True, ties_against: bool = False) -> float | None:
+        """The plain mean of the score over those tasks that are kept; none where there are none."""
+        name = "precision_at_1_ties_against" if ties_against else "precision_at_1"
+        chosen = [getattr(task, name) for task in self.tasks if keep(task)]
+        return fmean(chosen) if chosen else None
+
+    def means(self) -> dict[str, float | None]:
+        """Means over the tasks of each kind, in domain, out of domain, and over all."""
+        found: dict[str, float | None] = {kind: self.mean(lambda task, kind=kind: task.kind == kind) for kind in KINDS}
+        found["in_domain"] = self.mean(lambda task: task.in_domain)
+        found["out_of_domain"] = self.mean(lambda task: not task.in_domain)
+        found["overall"] = self.mean()
+        found["overall_ties_against"] = self.mean(ties_against=True)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {
+            "benchmark": self.benchmark,
+            "model": self.model,
+            "partial": self.is_partial,
+            "settings": self.settings,
+            "means": self.means(),
+            "tasks": [asdict(task) for task in self.tasks],
+            "of_tasks": self.of_tasks,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Scores:
+        """What [`to_dict`] gave."""
+        tasks = [TaskScore(**task) for task in values["tasks"]]
+        return cls(values["benchmark"], values["model"], values["of_tasks"], values["settings"], tasks)
+
+    def after(self, earlier: Scores) -> Scores:
+        """With the tasks of an earlier call besides these, which take the place of the same ones."""
+        tasks = {score.task: score for score in [*earlier.tasks, *self.tasks]}
+        layouts = {**earlier.settings.get("layouts", {}), **self.settings.get("layouts", {})}
+        settings = {**self.settings, "layouts": layouts}
+        return Scores(self.benchmark, self.model, self.of_tasks, settings, list(tasks.values()))
+
+    @classmethod
+    def read(cls, path: Path) -> Scores:
+        """What [`write`] wrote."""
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def write(self, path: Path) -> None:
+        """Write them as JSON."""
+        with written_whole(path) as partial:
+            partial.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the app searches: a set of pictures and texts, and their vectors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Image, config, load_dataset
+from PIL.Image import Image as Picture
+
+from evaluation.demo import QUERIES
+from evaluation.emoji import load_emoji
+from modeling_cocoa.heads import find_checkpoint_file
+from modeling_cocoa.inputs import load_image
+from modeling_cocoa.sentence_transformer import CocoaTransformer
+
+# `datasets` would tell its makers of every folder that is read otherwise.
+config.HF_UPDATE_DOWNLOAD_COUNTS = False
+
+PICTURES_FOUND, TEXTS_FOUND = 12, 8
+EXAMPLES = 4
+SHOWN_SIDE = 512
+"""Pixels of the longer side of a picture on the page; larger ones are scaled down."""
+
+
+class Found(NamedTuple):
+    """Something near a query: its place in the set, what it is called, and its cosine."""
+
+    place: int
+    name: str
+    score: float
+
+
+@dataclass
+class PictureSet:
+    """
+    Pictures to search, and the texts that stand beside them.
+
+    Args:
+        title (`str`): What they are, in a few words of Markdown.
+        pictures (`list[dict]`): Each with `bytes` or `path`; decoded when it is looked at.
+        names (`list[str]`): Of the pictures.
+        texts (`list[str]`): Distinct ones; none where the pictures have no texts.
+        queries (`Sequence[str]`): Words to try.
+    """
+
+    title: str
+    pictures: list[dict[str, Any]]
+    names: list[str]
+    texts: list[str]
+    queries: Sequence[str]
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike | None = None) -> PictureSet:
+        """
+        A folder of pictures, as `datasets` reads it: with or without a `metadata.csv` of the columns `file_name` and
+        `text`.
+
+        Args:
+            folder (`str` or `os.PathLike`, *optional*): The emoji that come with this project where none is given.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: it holds no pictures.
+        """
+        if folder is None:
+            rows = load_emoji().cast_column("noto", Image(decode=False))
+            names = list(rows["name"])
+            return cls(f"{len(names):,} emoji, drawn by Noto", list(rows["noto"]), names, names, QUERIES)
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"There is no folder of pictures {folder}; check the path.")
+        try:
+            rows = load_dataset("imagefolder", data_dir=str(folder), split="all", drop_labels=True)
+        except (FileNotFoundError, ValueError) as error:  # no file at all, or none that is a picture
+            raise ValueError(f"{folder} holds no pictures that can be listed: {error}") from error
+        pictures = list(rows.cast_column("image", Image(decode=False))["image"])
+        captions = list(rows["text"]) if "text" in rows.column_names else [None] * len(pictures)
+        files = [os.path.relpath(picture["path"], folder) for picture in pictures]
+        texts = list(dict.fromkeys(caption for caption in captions if caption and caption.strip()))
+        return cls(
+            f"{len(pictures):,} pictures of the folder `{Path(folder).resolve().name}`",
+            pictures,
+            [caption or file for caption, file in zip(captions, files, strict=True)],
+            texts,
+            texts[:: max(1, len(texts) // EXAMPLES)][:EXAMPLES],
+        )
+
+    def picture(self, place: int) -> Picture:
+        """One of the pictures, no larger than the page shows it."""
+        picture = load_image(self.pictures[place]).convert("RGB")
+        picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        return picture
+
+    def examples(self) -> list[int]:
+        """Places of a few pictures to try, from all over the set."""
+        step = max(1, len(self.pictures) // EXAMPLES)
+        return list(range(step // 2, len(self.pictures), step))[:EXAMPLES]
+
+
+class SearchIndex:
+    """
+    The vectors of a set, and what is near to a query among them.
+
+    Args:
+        model ([`CocoaTransformer`]).
+        rows ([`PictureSet`]): Embedded here, under a progress bar.
+        prompts (`dict[str, str]`): Those of [`read_prompts`].
+
+    Raises:
+        CocoaInputError: a picture of the set cannot be read; names it.
+    """
+
+    def __init__(self, model: CocoaTransformer, rows: PictureSet, prompts: dict[str, str]) -> None:
+        self.model = model
+        self.rows = rows
+        self.query_prompt = prompts.get("query")
+        # As values of a dict: a bare text that is the path of a picture would be read as that picture.
+        inputs = [{"image": picture} for picture in rows.pictures] + [{"text": text} for text in rows.texts]
+        vectors = model.encode(inputs, prompt=prompts.get("document"), show_progress_bar=True)
+        self.pictures, self.texts = np.split(vectors, [len(rows.pictures)])
+
+    def search(self, query: dict[str, Any]) -> tuple[list[Found], list[Found]]:
+        """
+        The nearest pictures and the nearest texts, the nearest first.
+
+        Args:
+            query (`dict`): `image`, `text` or both, as [`CocoaTransformer.encode`] takes them.
+
+        Raises:
+            CocoaInputError: the query cannot be encoded.
+        """
+        (vector,) = self.model.encode([query], prompt=self.query_prompt)
+        return (
+            nearest(self.pictures @ vector, self.rows.names, PICTURES_FOUND),
+            nearest(self.texts @ vector, self.rows.texts, TEXTS_FOUND),
+        )
+
+
+def nearest(scores: np.ndarray, names: Sequence[str], most: int) -> list[Found]:
+    """Those of the highest scores; of equals, the first come first."""
+    return [
+        Found(int(place), names[place], float(scores[place])) for place in np.argsort(-scores, kind="stable")[:most]
+    ]
+
+
+def read_prompts(model: str | os.PathLike) -> dict[str, str]:
+    """
+    The instructions that `encode_query` and `encode_document` of a checkpoint put in front of their inputs.
+
+    Args:
+        model (`str` or `os.PathLike`): Folder or Hub name.
+
+    Returns:
+        `dict[str, str]`: `query` and `document`, as far as there are any.
+    """
+    file = find_checkpoint_file(model, "config_sentence_transformers.json")
+    prompts = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8")).get("prompts", {})
+    return {task: prompts[task] for task in ("query", "document") if prompts.get(task)}

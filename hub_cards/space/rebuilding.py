@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model of the bridge stage rebuilds from the EOS of a picture or of words."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hub_cards.training_record import RECORD_FILE, read_records
+from modeling_cocoa.attention import TARGET
+from modeling_cocoa.heads import find_checkpoint_file
+from modeling_cocoa.processing_cocoa import CocoaProcessor
+from modeling_cocoa.reconstruction import HEADS_FILE, CocoaForReconstruction
+from trainers.collators import DIRECTIONS, ReconstructionCollator, model_arguments
+from trainers.masking import IGNORE_INDEX
+from trainers.pictures import split_rows
+from trainers.reconstruction_config import CocoaReconstructionConfig
+
+MASK_RATIOS = ("source_mask_ratio", "target_mask_ratio")
+SEED = 0
+"""Of what is hidden: the same input is always masked alike."""
+
+
+class Versions(NamedTuple):
+    """A target as it is, with what is hidden of it, and as it is rebuilt."""
+
+    original: Any
+    hidden: Any
+    rebuilt: Any
+
+
+class Rebuilt(NamedTuple):
+    """
+    What came of one direction of the bridge.
+
+    Args:
+        direction (`str`): One of [`~trainers.collators.DIRECTIONS`].
+        pictures (`Versions` of `PIL.Image.Image`, *optional*): Of the target's picture.
+        texts (`Versions` of `str`, *optional*): Of the target's text.
+    """
+
+    direction: str
+    pictures: Versions | None
+    texts: Versions | None
+
+
+class Rebuilder:
+    """
+    A model of the bridge stage, asked for what it makes of single inputs.
+
+    Args:
+        model ([`CocoaForReconstruction`]).
+        processor ([`CocoaProcessor`]): The model's.
+        source_mask_ratio, target_mask_ratio (`float`): How much of a text is hidden; by default as in
+            [`CocoaReconstructionConfig`]. Target pictures are hidden whole.
+    """
+
+    def __init__(
+        self,
+        model: CocoaForReconstruction,
+        processor: CocoaProcessor,
+        *,
+        source_mask_ratio: float = CocoaReconstructionConfig.source_mask_ratio,
+        target_mask_ratio: float = CocoaReconstructionConfig.target_mask_ratio,
+    ) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.collator = ReconstructionCollator(
+            processor, stage="bridge", source_mask_ratio=source_mask_ratio, target_mask_ratio=target_mask_ratio
+        )
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike) -> Rebuilder:
+        """
+        Load a checkpoint that the bridge stage saved, with the options that it was trained with.
+
+        Args:
+            name (`str` or `os.PathLike`): Folder or Hub name.
+
+        Raises:
+            ValueError: it has no heads, or does not say how they were trained, or was last trained in another stage.
+        """
+        if find_checkpoint_file(name, HEADS_FILE) is None:
+            raise ValueError(
+                f"{name} has no {HEADS_FILE}, which rebuilds: name a checkpoint that the bridge stage saved, such as "
+                "runs/tiny/bridge/final of `cocoa train tiny`."
+            )
+        record = find_checkpoint_file(name, RECORD_FILE)
+        stages = [] if record is None else read_records(Path(record).parent)
+        if not stages or stages[-1].stage != "bridge":
+            trained = f"was last trained in the stage {stages[-1].stage!r}" if stages else f"has no {RECORD_FILE}"
+            raise ValueError(
+                f"{name} {trained}, and only the bridge stage teaches to rebuild from the EOS alone: name a "
+                "checkpoint that its save_model wrote."
+            )
+        # Settings at their defaults are not recorded.
+        defaults = CocoaReconstructionConfig
+        settings = {
+            option: stages[-1].settings.get(option, getattr(defaults, option))
+            for option in ("bridge", "normalize_pixels", *MASK_RATIOS)
+        }
+        ratios = {ratio: settings.pop(ratio) for ratio in MASK_RATIOS}
+        model = CocoaForReconstruction.from_pretrained(name, **settings)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model, CocoaProcessor.from_pretrained(name), **ratios)
+
+    def rebuild(self, query: dict[str, Any]) -> list[Rebuilt]:
+        """
+        Rebuild an input from itself, and where it has a picture and a text, each from the other and both from both.
+
+        Args:
+            query (`dict`): `image`, `text` or both.
+
+        Raises:
+            CocoaInputError: the input cannot be read, or nothing of it can be hidden.
+        """
+        possible = [name for name, (source, target) in DIRECTIONS.items() if {*source, *target} <= set(query)]
+        examples = [
+            replace(self.collator, direction_weights={name: 1.0}).example({**query, "seed": SEED}) for name in possible
+        ]
+        device = self.model.model.device
+        batch = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.collator.collate(examples).items()
+        }
+        with torch.inference_mode():
+            output = self.model(**model_arguments(batch))
+            pictures = iter(())
+            if output.pixels is not None:
+                pictures = split_rows(batch, output, self.processor, self.model.normalize_pixels)
+            texts = self._texts(batch, output)
+            return [
+                Rebuilt(
+                    name,
+                    Versions(*next(pictures)) if "image" in DIRECTIONS[name][1] else None,
+                    texts[row] if "text" in DIRECTIONS[name][1] else None,
+                )
+                for row, name in enumerate(possible)
+            ]
+
+    def _texts(self, batch: dict[str, Any], output: Any) -> list[Versions]:
+        """Of each row, its target's text; special tokens, those around a picture among them, are left out."""
+        decode = self.processor.tokenizer.decode
+        hidden = batch["labels"] != IGNORE_INDEX
+        original = torch.where(hidden, batch["labels"], batch["input_ids"])
+        rebuilt = original.clone()
+        if output.token_predictions is not None:
+            rebuilt[hidden] = output.token_predictions
+        found = []
+        for row, places in enumerate(batch["segment_ids"] == TARGET):
+            masked = ""
+            tokens = zip(hidden[row][places].tolist(), original[row][places].tolist(), strict=True)
+            for is_hidden, part in groupby(tokens, key=itemgetter(0)):  # whole parts: a token may be half a letter
+                ids = [token for _, token in part]
+                masked += "_" * len(ids) if is_hidden else decode(ids, skip_special_tokens=True)
+            versions = (decode(ids[row][places], skip_special_tokens=True) for ids in (original, rebuilt))
+            found.append(Versions(next(versions), masked, next(versions)))
+        return found
