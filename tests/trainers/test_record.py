@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig
+from transformers import PrinterCallback
+from transformers.integrations import CodeCarbonCallback
 
 from hub_cards import CocoaModelCardData
 from hub_cards.training_record import RECORD_FILE, read_records, write_records
@@ -18,6 +21,7 @@ from trainers import (
     CocoaReconstructionConfig,
     CocoaReconstructionTrainer,
 )
+from trainers.record import measured_emissions
 
 COMMON = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_steps": 2, "logging_steps": 1}
 
@@ -93,3 +97,21 @@ def test_a_record_that_is_none_is_named(tmp_path):
             read_records(tmp_path)
     write_records(tmp_path, [])
     assert read_records(tmp_path) == []
+
+
+def test_emissions_are_what_codecarbon_measured():
+    measured = {
+        "emissions": 0.012,
+        "energy_consumed": 0.03,
+        "on_cloud": "N",
+        "cpu_model": "a CPU",
+        "ram_total_size": 24.0,
+        "gpu_model": None,
+    }
+    callback = CodeCarbonCallback.__new__(CodeCarbonCallback)  # whose own way to begin asks for the package
+    callback.tracker = None
+    trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[PrinterCallback(), callback]))
+    assert measured_emissions(trainer) == {}
+    callback.tracker = SimpleNamespace(_prepare_emissions_data=lambda: SimpleNamespace(**measured))
+    found = measured_emissions(trainer)
+    assert (found["emissions"], found["energy_consumed"], found["source"]) == (12.0, 0.03, "codecarbon")
