@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 export TORCH_LOGS := -torch.utils._pytree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint chaos bench ablation ablation-pretrained matryoshka
+.PHONY: help demo test test-matrix lint chaos bench ablation ablation-pretrained matryoshka
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: $(INSTALLED) ## search the emoji with the tiny checkpoint: scores, queries
 
 test: $(INSTALLED) ## run the tests that need no GPU
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+test-matrix: $(INSTALLED) ## the tests with the oldest and newest libraries, in environments of their own; MATRIX="oldest": a row
+	@$(BIN)/python .ci/matrix $(MATRIX)
 
 lint: $(INSTALLED) ## check style and formatting
 	@$(BIN)/ruff check .

@@ -493,7 +493,7 @@ def test_a_batch_in_which_nothing_trains_is_no_error(tmp_path, model, processor)
 def test_a_folder_is_a_model_only_when_its_heads_are_there(tmp_path, model, processor, emoji, monkeypatch):
     trainer = trainer_of(model, processor, emoji, tmp_path, stage="warmup")
 
-    def killed(backbone, processor, folder):
+    def killed(backbone, processor, folder, **options):
         assert (Path(folder) / HEADS_FILE).is_file() and not (Path(folder) / "modules.json").exists()
         raise KeyboardInterrupt
 
