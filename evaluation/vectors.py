@@ -28,8 +28,8 @@ CHUNK = 1024
 """Inputs whose vectors are kept together: what an interruption may lose ..."""
 CHUNKS = 16
 """... but fewer, so that there are this many chunks for processes to share ..."""
-SMALLEST_CHUNK = 32
-"""... and yet as many as make a batch."""
+SMALLEST_CHUNK = 64
+"""... and yet as many as make full batches."""
 
 
 class VectorStore:

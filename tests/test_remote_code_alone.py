@@ -75,7 +75,9 @@ def picture(tmp_path_factory) -> Path:
 def alone(picture, tmp_path_factory) -> dict:
     """What a process without the package finds: vectors by door."""
     # Isolated and without `site`, which would put an editable install of the project on the path again.
-    libraries = [path for path in sys.path if not (Path(path) / "modeling_cocoa").exists()]
+    # Nor with the remote code that this process has copied, which would hide what the other one copies.
+    unwanted = ("modeling_cocoa", "transformers_modules")
+    libraries = [path for path in sys.path if not any((Path(path) / name).exists() for name in unwanted)]
     empty = tmp_path_factory.mktemp("empty")
     caches = {"HF_HOME": str(empty / "hub"), "HF_MODULES_CACHE": str(empty / "modules")}
     result = subprocess.run(
