@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
+from modeling_cocoa.checkpoint_files import check_is_there
 from modeling_cocoa.inputs import CocoaInputError, Conversation, load_image
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
@@ -161,8 +162,7 @@ def check_name(name: str, revision: str | None) -> None:
     if os.path.isdir(name):
         if revision is not None:
             raise ValueError(f"{name} is a folder, and a revision is one of a model on the Hub: leave it out.")
-    elif os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:  # as no name on the Hub is
-        raise FileNotFoundError(f"There is no checkpoint folder {name}; check the path.")
+    check_is_there(name)
 
 
 def label(name: str) -> str:

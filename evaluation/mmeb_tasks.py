@@ -142,3 +142,8 @@ PUBLISHED: tuple[Published, ...] = (
     Published("Qwen3-VL-Embedding-2B (image part of MMEB-V2)", 2, 75.0, 70.3, 74.3, 74.8, 88.5, "its README"),
     Published("Qwen3-VL-Embedding-8B (image part of MMEB-V2)", 8, 80.1, 74.2, 81.1, 80.0, 92.2, "its README"),
 )
+
+
+def published_on(benchmark: str) -> tuple[Published, ...]:
+    """What others have published on a benchmark, given its name; nothing on any but MMEB-V1."""
+    return PUBLISHED if benchmark == "MMEB-V1" else ()

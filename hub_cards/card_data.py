@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer import SentenceTransformerModelC
 
 from evaluation.mmeb_report import MEANS, markdown_report
 from evaluation.mmeb_scores import Scores
-from evaluation.mmeb_tasks import PUBLISHED
+from evaluation.mmeb_tasks import published_on
 from modeling_cocoa.files import written_whole
 from modeling_cocoa.saving import CARD_MARK
 
@@ -211,7 +211,7 @@ def model_index(name: str, results: Iterable[Scores]) -> list[dict[str, Any]] | 
 
 def result_section(scores: Scores) -> str:
     """The tables of a result, beside published figures where there are any."""
-    return markdown_report([scores], PUBLISHED if scores.benchmark == "MMEB-V1" else (), heading="###").strip()
+    return markdown_report([scores], published_on(scores.benchmark), heading="###").strip()
 
 
 def stage_table(records: Sequence[StageRecord]) -> str:

@@ -289,7 +289,7 @@ def fate_of(api: HfApi, repo_id: str, revision: str | None, repo_type: str, head
         return "Nothing was uploaded."
     try:
         now = api.repo_info(repo_id, revision=revision, repo_type=repo_type).sha
-    except Exception:
+    except Exception:  # of whichever HTTP library; the push's own error is the one that is told
         return f"Whether {repo_id} has changed could not be seen; it holds the whole of this push, or none of it."
     if now == head:
         return f"{repo_id} is as it was."

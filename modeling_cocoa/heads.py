@@ -138,9 +138,6 @@ class ImageDecoder(nn.Module):
             )[places]
         for layer in self.layers:
             options = {"packing": packing} if packing is not None else {"attention_mask": attention_mask}
-            output = layer(hidden_states, position_embeddings=position_embeddings, **options)
-            hidden_states = (
-                output[0] if isinstance(output, tuple) else output
-            )  # the stock layer before transformers 5.4
+            hidden_states = layer(hidden_states, position_embeddings=position_embeddings, **options)
         chosen = hidden_states.flatten(0, -2)[places]
         return self.projection(self.norm(chosen)).view(-1, self.patches_per_unit, self.values_per_patch)

@@ -112,7 +112,7 @@ def digest_image(image: Image.Image) -> bytes:
     return summary.digest()
 
 
-def read_input(item: Any, video_processor: Any) -> Conversation:
+def read_input(item: Any, video_processor: Any, image_size: tuple[int, int] | None = None) -> Conversation:
     """
     Check one input and load its media.
 
@@ -120,13 +120,14 @@ def read_input(item: Any, video_processor: Any) -> Conversation:
         item: A text, an image (PIL, path or array), a dict with any of `text`, `image`, `images` and `video`, one
             message or a list of messages; or what this function gave. Keys that are None count as absent.
         video_processor: Stock video processor, whose frame sampling is used on video files.
+        image_size (`tuple[int, int]`, *optional*): Width and height to stretch images to; see [`load_image`].
 
     Raises:
         CocoaInputError: the item cannot be encoded; without a position.
     """
     if isinstance(item, Conversation):
         return item
-    reader = _Reader(video_processor)
+    reader = _Reader(video_processor, image_size)
     if isinstance(item, Mapping) and ("role" in item or "content" in item):
         item = [item]
     if isinstance(item, (list, tuple)):
@@ -139,8 +140,9 @@ def read_input(item: Any, video_processor: Any) -> Conversation:
 class _Reader:
     """Builds one [`Conversation`]; media are loaded in the order in which the template places them."""
 
-    def __init__(self, video_processor: Any) -> None:
+    def __init__(self, video_processor: Any, image_size: tuple[int, int] | None) -> None:
         self.video_processor = video_processor
+        self.image_size = image_size
         self.conversation = Conversation()
 
     def read_messages(self, messages: Sequence[Any]) -> None:
@@ -215,7 +217,7 @@ class _Reader:
         if kind == "text":
             return _text_part(value)
         if kind == "image":
-            self.conversation.images.append(load_image(value))
+            self.conversation.images.append(load_image(value, self.image_size))
         else:
             frames, metadata = read_video(value, self.video_processor)
             self.conversation.videos.append(frames)

@@ -14,7 +14,10 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 
 from .layers import GatedMLP, Linear, PackedDecoderLayer, PackedVisionAttention, PatchConvolution, RMSNorm
-from .modeling_cocoa import CocoaModelMixin
+from .modeling_cocoa import CocoaModelMixin, check_transformers_version
+
+# Versions 5.3 to 5.17 cut the seconds between frames of a video to whole ones.
+check_transformers_version((5, 18))
 
 
 class CocoaQwen2_5_VLDecoderLayer(PackedDecoderLayer, Qwen2_5_VLDecoderLayer):

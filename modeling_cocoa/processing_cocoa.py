@@ -137,10 +137,6 @@ class CocoaProcessor:
                     f"{type(part).__name__}; give both."
                 )
             part.size = type(part.size)(**size)
-            # Before transformers 5.4 the same numbers lie in two more attributes, which win when saved and loaded.
-            for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-                if getattr(part, name, None) is not None:
-                    setattr(part, name, size[edge])
 
     @property
     def tokenizer(self) -> Any:

@@ -28,10 +28,10 @@ from .sentence_transformer import CocoaTransformer
 
 REQUIREMENTS = {
     "transformers": {
-        "specifier": ">=5.4,<6",
-        "reason": "Older versions ignore text_config.is_causal=False in batches without padding.",
+        "specifier": ">=5.21,<6",
+        "reason": "Older versions embed photos lying on their side, and the oldest read in one direction only.",
     },
-    "sentence-transformers": {"specifier": ">=6,<7", "reason": "Older versions cannot embed images with this model."},
+    "sentence-transformers": {"specifier": ">=6.2,<7", "reason": "Older versions fail on lists of images."},
 }
 """What sentence-transformers checks before it loads a folder, through either door."""
 
@@ -266,7 +266,6 @@ def _small_stock_model(cls: type, config: Any) -> PreTrainedModel:
         vision.update(embed_dim=16, hidden_size=32)
     else:
         vision.update(hidden_size=16, out_hidden_size=32, intermediate_size=16, fullatt_block_indexes=[0])
-    # As dicts: transformers 5.2 loses configurations given as objects.
     return stock_class(cls)(type(config)(text_config=text, vision_config=vision))
 
 

@@ -84,14 +84,14 @@ def stretched(item: Any, size: tuple[int, int]) -> list[dict[str, Any]]:
     Raises:
         CocoaInputError: it cannot be read, or has a video.
     """
-    conversation = read_input(item, None)
+    conversation = read_input(item, None, size)
     if conversation.videos:
         raise CocoaInputError("it has a video; image_resolution is for images.")
     images = iter(conversation.images)
     for message in conversation.messages:
         for part in message["content"]:
             if part["type"] == "image":
-                part["image"] = next(images).resize(size)
+                part["image"] = next(images)
     return conversation.messages
 
 

@@ -30,12 +30,18 @@ def read_model_type(name_or_path: str | os.PathLike, **kwargs: Any) -> str | Non
         kwargs: Those of [`HUB_ARGUMENTS`] that are among them say where the files are.
 
     Raises:
-        FileNotFoundError: an absolute path, or one that begins with a dot or a tilde, is no folder.
+        FileNotFoundError: see [`check_is_there`].
     """
     path = os.fspath(name_or_path)
-    if (os.path.isabs(path) or path.startswith((".", "~"))) and not os.path.isdir(path):
-        raise FileNotFoundError(f"There is no checkpoint folder {path}.")
+    check_is_there(path)
     return PretrainedConfig.get_config_dict(path, **hub_arguments(kwargs))[0].get("model_type")
+
+
+def check_is_there(path: str) -> None:
+    """Raise `FileNotFoundError` for what is no folder and, by its form, no name on the Hub either."""
+    can_be_a_name = not os.path.isabs(path) and not path.startswith((".", "~")) and path.count("/") < 2
+    if not can_be_a_name and not os.path.isdir(path):
+        raise FileNotFoundError(f"There is no checkpoint folder {path}; check the path.")
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .packing import Packing, pack
 from .pooling import EosPooler
 
 MINIMUM_TRANSFORMERS = (5, 2)
+"""Of the model alone; training and sentence-transformers need what pyproject.toml says."""
 
 CPU_VISION_PATCHES = 2048
 """Patches that pass the vision tower at once on a CPU, whose caches more would overflow: 14 % slower at 4096."""
@@ -33,17 +34,17 @@ CPU_ROWS = 32
 kernel for each number of rows, and memory would grow with their variety."""
 
 
-def check_transformers_version(version: str = transformers.__version__) -> None:
-    """Raise `ImportError` where transformers is older than the oldest version CoCoA works with."""
-    found = tuple(int(part) for part in version.split(".")[:2])
-    if found < MINIMUM_TRANSFORMERS:
-        minimum = ".".join(map(str, MINIMUM_TRANSFORMERS))
+def check_transformers_version(minimum: tuple[int, int], version: str = transformers.__version__) -> None:
+    """Raise `ImportError` where transformers is older than the oldest version that gives right vectors."""
+    if tuple(int(part) for part in version.split(".")[:2]) < minimum:
+        needed = ".".join(map(str, minimum))
         raise ImportError(
-            f'CoCoA needs transformers {minimum} or newer, found {version}. Run: pip install "transformers>={minimum}"'
+            f"This CoCoA model needs transformers {needed} or newer, found {version}. Run: "
+            f'pip install "transformers>={needed}"'
         )
 
 
-check_transformers_version()
+check_transformers_version(MINIMUM_TRANSFORMERS)
 
 
 @dataclass

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 from transformers import Qwen2VLConfig, Qwen2VLModel
 from transformers.activations import QuickGELUActivation
@@ -15,6 +17,14 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 
 from .layers import GatedMLP, Linear, PackedDecoderLayer, PackedVisionAttention, PatchConvolution, QuickGELU, RMSNorm
 from .modeling_cocoa import CocoaModelMixin
+
+if TYPE_CHECKING:
+    # What these two import: transformers before 5.10 copies no file of the folder that this one does not name.
+    from .attention import FLEX_ATTENTION  # noqa: F401
+    from .checkpoint_files import KEY_MAPPING  # noqa: F401
+    from .configuration_cocoa import CocoaConfig  # noqa: F401
+    from .packing import Packing  # noqa: F401
+    from .pooling import EosPooler  # noqa: F401
 
 
 class CocoaQwen2VLDecoderLayer(PackedDecoderLayer, Qwen2VLDecoderLayer):

@@ -413,10 +413,7 @@ def test_error_of_the_commit_itself(api, hub, repo):
 def test_connection_cut_in_an_upload(api, hub, repo):
     files = {"model.safetensors": os.urandom(4_000_000)}
     hub.cut("/storage/*", after_bytes=100_000)
-    try:
-        api.create_commit("org/model", additions(files), commit_message="files")
-    except RuntimeError:  # huggingface_hub 1.3 does not try again by itself
-        api.create_commit("org/model", additions(files), commit_message="files")
+    api.create_commit("org/model", additions(files), commit_message="files")
     assert uploaded(repo) == files
     assert len(paths(hub, "PUT")) == 2
 

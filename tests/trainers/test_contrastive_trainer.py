@@ -580,11 +580,9 @@ def test_images_are_stretched_as_asked(tmp_path, model, processor, emoji):
     rows = mixed_rows(emoji)
     trainer = trainer_of(model, processor, rows, tmp_path, image_resolution="low")
     assert trainer.data_collator.image_size == (128, 128)
-    wide = rows[0]["positive"].resize((96, 32))
+    wide = rows[0]["positive"].resize((401, 2))  # a shape that is refused where it is kept
     wide.save(tmp_path / "picture.png")
     expected = trainer.model.preprocess([wide.resize((128, 128))])
-    plain = trainer.model.preprocess([wide])
-    assert not torch.equal(plain["image_grid_thw"], expected["image_grid_thw"])
     forms = [wide, str(tmp_path / "picture.png"), {"image": str(tmp_path / "picture.png")}]
     forms.append([{"role": "user", "content": [{"type": "image", "path": str(tmp_path / "picture.png")}]}])
     for positive in forms:
