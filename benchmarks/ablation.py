@@ -28,6 +28,7 @@ from modeling_cocoa.files import written_whole
 
 from . import ablation_emoji, ablation_wordnet
 from .ablation_report import markdown, plot, summarise
+from .causal import make_causal
 
 SETTINGS = Path(__file__).with_name("ablation.yaml")
 RESULTS = Path(__file__).parent / "results"
@@ -106,14 +107,6 @@ def arm_recipe(recipe: dict[str, Any], arm: Arm, seed: int, output_dir: Path) ->
     values = copy.deepcopy(recipe)
     stages = {stage: {**values["stages"][stage], **arm.options.get(stage, {})} for stage in arm.stages}
     return Recipe(**{**values, "stages": stages, "seed": seed, "output_dir": str(output_dir)})
-
-
-def make_causal(backbone: Any) -> None:
-    """Give a CoCoA backbone the attention of the generative model: each token sees those before it."""
-    backbone.set_attn_implementation({"text_config": "eager"})
-    backbone.language_model.config.is_causal = True
-    for layer in backbone.language_model.layers:
-        layer.self_attn.is_causal = True
 
 
 def run_arm(recipe: Any, arm: Arm, task: str, split: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from benchmarks import ablation
 from benchmarks.ablation_emoji import MEASURES
 from benchmarks.ablation_report import bootstrap, excludes_zero, markdown, plot, summarise
+from benchmarks.causal import make_causal
 from evaluation.assets import asset_path
 from modeling_cocoa import CocoaTransformer
 
@@ -51,15 +52,19 @@ def test_the_causal_arm_sees_no_later_token():
             return module.model(input_ids=ids).last_hidden_state[0, 0]
 
     assert not torch.allclose(first_state(inputs["input_ids"]), first_state(other))
-    ablation.make_causal(module.model)
+    make_causal(module.model)
     torch.testing.assert_close(first_state(inputs["input_ids"]), first_state(other), rtol=0, atol=0)
-    # And it is what the stock model computes.
+    # And it is what the stock model computes, padding and the EOS alone included.
     stock = type(module.model).__mro__[2].from_pretrained(asset_path("checkpoints/cocoa-tiny"))
     stock.language_model.config.is_causal = True
+    inputs = module.processor(["a red heart", "a cat with heart eyes", "a", "two red hearts"])
+    assert not inputs["attention_mask"].all()
     with torch.no_grad():
-        expected = stock.eval()(**inputs).last_hidden_state[0]
-        found = module.model(input_ids=inputs["input_ids"]).last_hidden_state[0]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        expected = stock.eval()(**inputs).last_hidden_state * inputs["attention_mask"][..., None]
+        found = module.model(**inputs)
+        eos = module.model(**inputs, eos_only=True).pooler_output
+    torch.testing.assert_close(found.last_hidden_state, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(eos, found.pooler_output, rtol=0, atol=1e-5)
 
 
 def test_a_run_is_kept_and_its_checkpoints_are_not(tmp_path):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from benchmarks import ablation, ablation_wordnet
 from benchmarks.ablation_wordnet import MEASURES, read_synsets, split_synsets
+from benchmarks.causal import make_causal
 from benchmarks.smollm2 import as_backbone, as_processor, load_smollm2
 from modeling_cocoa.reconstruction import CocoaForReconstruction
 from modeling_cocoa.saving import save_cocoa
@@ -61,7 +62,7 @@ def check_copy(llama, processor, layers):
             return backbone(input_ids=ids).last_hidden_state @ head.T
 
         both_ways = logits()
-        ablation.make_causal(backbone)
+        make_causal(backbone)
         torch.testing.assert_close(logits()[..., : expected.shape[-1]], expected, rtol=0, atol=2e-4)
     assert not torch.allclose(both_ways[..., : expected.shape[-1]], expected, atol=1e-1)
     added = head[llama.config.vocab_size :]
