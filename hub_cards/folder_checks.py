@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from modeling_cocoa.auto import BACKBONES
 from modeling_cocoa.saving import code_files
 
-from .folder_facts import FolderFacts, read_json, weight_files
+from .folder_facts import INDEX, FolderFacts, read_json, weight_files
 from .results import read_results
 from .training_record import read_records
 
@@ -86,8 +86,19 @@ def wrong_files(folder: Path) -> Iterator[str]:
             yield f"{name} is not the picture that its name says; remove it."
         elif path.suffix in TEXT and b"\0" in path.read_bytes():
             yield f"{name} is not the text that its name says; remove it."
+        elif path.suffix == ".json" and not is_json(path):
+            yield f"{name} is not valid JSON: mend it, or save the model again with modeling_cocoa.save_cocoa."
         elif path.stat().st_size > LARGEST:
             yield f"{name} has more than {LARGEST // 10**9} GB, which the Hub does not take; save in shards."
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file can be read as JSON."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def missing_files(folder: Path) -> Iterator[str]:
@@ -97,6 +108,8 @@ def missing_files(folder: Path) -> Iterator[str]:
             yield "There is no README.md: write the card with `cocoa card`."
         elif not (folder / name).is_file():
             yield f"There is no {name}: the folder is not whole. Save the model again with modeling_cocoa.save_cocoa."
+    if (folder / INDEX).is_file() and not is_json(folder / INDEX):
+        return  # found among the wrong files
     for path in weight_files(folder):
         if not path.is_file():
             yield f"There is no {path.name}: weights are missing. Save the model again with modeling_cocoa.save_cocoa."
@@ -107,7 +120,7 @@ def wrong_weights(folder: Path) -> Iterator[str]:
     known = {path.name for path in weight_files(folder)}
     for path in folder.glob("model*.safetensors"):
         if path.name not in known:
-            yield f"{path.name} is no part of the model (model.safetensors.index.json does not name it); remove it."
+            yield f"{path.name} is no part of the model ({INDEX} does not name it); remove it."
     for path in sorted(folder.rglob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as weights:
@@ -170,7 +183,7 @@ def told_too_much(folder: Path) -> Iterator[str]:
             continue
         name = path.relative_to(folder)
         text = path.read_text(encoding="utf-8", errors="replace")
-        if path.name == "tokenizer.json":  # its vocabulary holds any string
+        if path.name == "tokenizer.json" and is_json(path):  # its vocabulary holds any string
             text = json.dumps({key: value for key, value in json.loads(text).items() if key != "model"})
         if found := MACHINE_PATHS.search(text):
             yield f"{name}, line {line_of(text, found)}: {found[0]!r} looks like a path of this machine; remove it."

@@ -14,6 +14,9 @@ from safetensors import safe_open
 
 from modeling_cocoa.auto import BACKBONES
 
+INDEX = "model.safetensors.index.json"
+"""Names the file of each weight, where there are several."""
+
 
 @dataclass
 class FolderFacts:
@@ -93,7 +96,7 @@ def read_json(path: Path) -> Any:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of the model's own weights, without those of heads or adapters."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
         return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     return [folder / "model.safetensors"]

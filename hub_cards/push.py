@@ -20,7 +20,7 @@ from modeling_cocoa.auto import BACKBONES
 from modeling_cocoa.saving import WEIGHT_FILES, code_files, mend_cocoa
 
 from .doors import find_door_problems
-from .folder_checks import find_problems, uploaded_files
+from .folder_checks import find_problems, is_json, uploaded_files
 from .folder_facts import read_json
 from .space_folder import write_space
 
@@ -154,12 +154,13 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def put_code_back(staging: Path) -> list[str]:
-    """Mend a folder whose code is missing; code that is there and differs is left, to be found."""
+    """Mend a folder whose code is missing; code that is there and differs is left, to be found, as all else is."""
     config = staging / "config.json"
     modules = staging / "modules.json"
-    if not config.is_file() or not modules.is_file() or "cocoa" not in (content := read_json(config)):
+    if not all(path.is_file() and is_json(path) for path in (config, modules)):
         return []
-    if content.get("model_type") not in BACKBONES:
+    content = read_json(config)
+    if "cocoa" not in content or content.get("model_type") not in BACKBONES:
         return []
     present = [
         path for path in code_files(content["model_type"], read_json(modules)) if (staging / path.name).exists()
