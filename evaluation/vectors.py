@@ -28,8 +28,8 @@ CHUNK = 1024
 """Inputs whose vectors are kept together: what an interruption may lose ..."""
 CHUNKS = 16
 """... but fewer, so that there are this many chunks for processes to share ..."""
-SMALLEST_CHUNK = 64
-"""... and yet as many as make full batches."""
+SMALLEST_CHUNK = 256
+"""... and yet as many as make full batches, also of short texts: 64 take up to a fifth longer on two cores."""
 
 
 class VectorStore:

@@ -86,7 +86,7 @@ def test_a_damaged_file_is_computed_again(tmp_path, inputs, damage, caplog):
 
 def test_every_process_gets_some_of_few_inputs(tmp_path):
     """Unless they are fewer than make a batch; and what is embedded together is the same for any number of them."""
-    inputs = {key(text): text for text in map(str, range(300))}
+    inputs = {key(text): text for text in map(str, range(1000))}
     calls = {}
     for count in (1, 4):
         calls[count] = []
@@ -94,9 +94,9 @@ def test_every_process_gets_some_of_few_inputs(tmp_path):
             counting = Counting()
             embed(counting, inputs, tmp_path / str(count), process_index=index, num_processes=count)
             calls[count].append(counting.calls)
-    assert [sum(map(len, parts)) for parts in calls[4]] == [108, 64, 64, 64]
+    assert [sum(map(len, parts)) for parts in calls[4]] == [256, 256, 256, 232]
     assert sorted(sum(calls[4], [])) == sorted(calls[1][0])
-    assert [vectors.chunk_size(inputs) for inputs in (1, 500, 1024, 8000, 10**6)] == [64, 64, 64, 500, 1024]
+    assert [vectors.chunk_size(inputs) for inputs in (1, 500, 1024, 8000, 10**6)] == [256, 256, 256, 500, 1024]
 
 
 def test_a_file_that_another_process_is_writing_is_left_alone(tmp_path, inputs, monkeypatch, caplog):
