@@ -33,7 +33,7 @@ lint: $(INSTALLED) ## check style and formatting
 	@$(BIN)/ruff format --check .
 
 chaos: $(INSTALLED) ## kill training runs and evaluations at random moments, many times, and compare how they end (minutes)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/trainers/test_kill.py tests/evaluation/test_mmeb_evaluation.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/trainers/test_kill.py tests/evaluation/test_mmeb_processes.py
 
 bench: $(INSTALLED) ## measure speed and memory (25 minutes, on a machine that does nothing else); BENCH="--only encode": a part
 	@$(BIN)/python -m benchmarks $(BENCH)
