@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -264,16 +265,22 @@ def load_model(recipe: Recipe, model_path: str | None, args: Any, find_file: Fin
     if "from_scratch" in recipe.model:
         if model_path is not None:
             return model_path, None, None
-        parts = dict(recipe.model["from_scratch"])
-        options = dict(parts.pop("processor"))
-        columns = options.pop("text_columns")
+        parts = {"seed": recipe.seed, **recipe.model["from_scratch"]}
+        options = dict(parts.pop("processor", {}))
+        columns = options.pop("text_columns", ())
+        if not columns:
+            raise ValueError(
+                "model: from_scratch needs `processor: {text_columns: [...]}`, which it learns words from."
+            )
         source = name_source(
             recipe.data, {"source": options.pop("source")} if "source" in options else {}, "processor"
         )
+        check_options("model: from_scratch", build_model, processor=None, **parts)
+        check_options("model: processor of from_scratch", build_tiny_processor, texts=(), **options)
         rows = read_source(recipe.data["sources"][source], find_file)
         texts = [text for name in columns for text in column_texts(rows, name) if text is not None]
         processor = build_tiny_processor(texts, **options)
-        return build_model(processor, seed=recipe.seed, **parts), processor, None
+        return build_model(processor, **parts), processor, None
     (config,) = HfArgumentParser(ModelConfig).parse_dict(recipe.model)
     quantization = get_quantization_config(config)
     if quantization is not None and not config.use_peft:
@@ -291,3 +298,12 @@ def load_model(recipe: Recipe, model_path: str | None, args: Any, find_file: Fin
     else:
         model = CocoaForReconstruction.from_pretrained(name, **args.head_options(), **options)
     return model, CocoaProcessor.from_pretrained(name, **args.processor_options(), **hub), get_peft_config(config)
+
+
+def check_options(what: str, function: Callable[..., Any], **options: Any) -> None:
+    """Raise `ValueError` where a function does not take some options, or needs others; lists those that it takes."""
+    takes = signature(function)
+    try:
+        takes.bind(**options)
+    except TypeError as error:
+        raise ValueError(f"{what}: {error}; there are {list(takes.parameters)[1:]}.") from error

@@ -177,7 +177,7 @@ def read_source(
         options["data_files"] = [str(find_file(file)) for file in ([files] if isinstance(files, str) else files)]
     try:
         rows = datasets.load_dataset(**{"split": "train", **options})
-    except ValueError as error:  # of datasets, which knows what there is, but not which source it was asked for
+    except (TypeError, ValueError) as error:  # of datasets, which does not know which source it was asked for
         raise ValueError(f"data: the source {options} cannot be read: {error}") from error
     if where:
         rows = select_rows(rows, where)

@@ -195,6 +195,23 @@ def test_an_unknown_setting_of_a_stage_is_named(tmp_path):
         run_recipe(recipe, lambda name: ROOT / name)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda parts: parts.pop("processor"), "needs `processor: {text_columns"),
+        (lambda parts: parts["processor"].update(pixels=3), "processor of from_scratch: .*'pixels'; .*'max_pixels'"),
+        (lambda parts: parts.pop("vision_config"), "from_scratch: missing .*'vision_config'"),
+        (lambda parts: parts.update(layers=3), "from_scratch: .*'layers'; there are .'text_config'"),
+    ],
+)
+def test_what_is_wrong_with_a_model_from_scratch_is_said(tmp_path, change, message):
+    recipe = small(Recipe.load(find_recipe("tiny")))
+    recipe.output_dir = str(tmp_path)
+    change(recipe.model["from_scratch"])
+    with pytest.raises(ValueError, match=message):
+        run_recipe(recipe, lambda name: ROOT / name)
+
+
 FOR_GPUS = [path for path in RECIPES if path.stem != "tiny"]
 
 

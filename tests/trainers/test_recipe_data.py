@@ -151,6 +151,7 @@ def test_conversations_documents_and_paths_stay_as_they_are(tmp_path):
         ("reconstruction", {}, {}, "must give its entries by name"),
         ("reconstruction", {"a": {"image": "noto"}}, {"layout": "laion"}, "one of .'mmeb_train'.*'laion'"),
         ("reconstruction", {"a": {"image": "noto"}}, {"layout": "mmeb_train"}, "needs image_dir"),
+        ("reconstruction", {"a": {"image": "noto"}}, {"data_file": "x"}, "the source .*cannot be read: .*data_file"),
         ("reconstruction", {"a": {"image": "noto", "variants": 2}}, {"streaming": True}, "streamed.*no variants"),
     ],
 )
