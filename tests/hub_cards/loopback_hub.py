@@ -62,7 +62,8 @@ class LoopbackHub(LoopbackServer):
 
     def __init__(self):
         super().__init__(ports=2)
-        self.endpoint, self.storage = self.endpoints
+        self.endpoint, storage = self.endpoints
+        self.storage = storage.replace("127.0.0.1", "localhost")  # clients tell hosts apart by name, not by port
         self.token = f"hf_{secrets.token_hex(17)}"
         self.namespaces = ("someone", "org")
         self.chunk_size = 5_000_000

@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, ModelCard
+from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 
 from evaluation.emoji_tasks import EMOJI_TASKS
@@ -170,6 +172,13 @@ def test_sentence_transformers_writes_it_at_every_save(folder, tmp_path):
     assert "trust_remote_code=True)\nqueries" in card_of(tmp_path / "theirs").text, "which names our module"
 
 
+# Older ones ask the Hub itself, wherever they are told that it is.
+validates_on_loopback = pytest.mark.skipif(
+    Version(huggingface_hub.__version__) < Version("2.2"), reason="needs huggingface_hub 2.2 or newer"
+)
+
+
+@validates_on_loopback
 def test_the_emoji_set_s_card_is_valid_and_true(api):
     card = DatasetCard.load(ROOT / "data" / "README.md")
     card.validate()
@@ -182,7 +191,8 @@ def test_the_emoji_set_s_card_is_valid_and_true(api):
     assert set(rows.column_names) <= {name.strip() for name in named}
 
 
+@validates_on_loopback
 def test_the_hub_s_validator_takes_the_card_of_the_tiny_checkpoint(api, hub):
     card = ModelCard.load(CHECKPOINT / "README.md")
     card.validate()
-    assert ("POST", "/api/validate-yaml") in hub.requests or hub.requests == []  # old clients ask elsewhere
+    assert ("POST", "/api/validate-yaml") in hub.requests
