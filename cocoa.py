@@ -337,7 +337,10 @@ def run_app(
         str | None, typer.Option(help="Folder or Hub name of a checkpoint; the tiny one that is installed otherwise.")
     ] = None,
     rebuild_model: Annotated[
-        str | None, typer.Option(help="One that the bridge stage saved, to see what it rebuilds from the EOS.")
+        str | None,
+        typer.Option(
+            help="One that the bridge stage saved, to see what it rebuilds from the EOS; by default the tiny one's."
+        ),
     ] = None,
     pictures: Annotated[
         Path | None,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the files that are not code lie: the emoji set and the tiny checkpoint."""
+"""Where the files that are not code lie: the emoji set and the tiny checkpoints."""
 
 from __future__ import annotations
 

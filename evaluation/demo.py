@@ -21,6 +21,8 @@ from .gallery import Hit, render_gallery
 from .report import print_scores
 
 CHECKPOINT = "checkpoints/cocoa-tiny"
+BRIDGE_CHECKPOINT = "checkpoints/cocoa-tiny-bridge"
+"""The same before its last stage, when it still has what rebuilds."""
 QUERIES = ("a cat with heart eyes", "red heart", "train", "smiling face", "flag of Japan")
 FOUND = 5
 SEARCHED_STYLE = "noto"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -30,6 +31,8 @@ PICTURE = "reconstruction.png"
 FIELDS_FILE = "card.yaml"
 """In a model's folder: what its author says of it."""
 STAGE_NAMES = {"warmup": "warm-up", "bridge": "EOS bridge", "contrastive": "contrastive"}
+DETAILS = ("pixel_", "text_", "token_accuracy_")
+"""Beginnings of the names of measures by direction: in the record, and too many for a card."""
 BENCHMARK_DATASETS = {"MMEB-V1": "TIGER-Lab/MMEB-eval"}
 """Of a benchmark, the Hub name of its data."""
 
@@ -234,10 +237,12 @@ def stage_table(records: Sequence[StageRecord]) -> str:
     add("Time", (None if record.seconds is None else duration(record.seconds) for record in records))
     for title in dict.fromkeys(name for record in records for name in record.settings):
         add(f"`{title}`", (code(record.settings.get(title)) for record in records))
-    for title in dict.fromkeys(name for record in records for name in record.losses):
-        add(f"{title}, last", (number(record.losses.get(title)) for record in records))
-    for title in dict.fromkeys(name for record in records for name in record.evaluation):
-        add(f"{title}", (number(record.evaluation.get(title)) for record in records))
+    for when, found in (
+        ("last logged", [record.losses for record in records]),
+        ("evaluated", [record.evaluation for record in records]),
+    ):
+        for title in dict.fromkeys(name for measures in found for name in measures if not name.startswith(DETAILS)):
+            add(f"{title}, {when}", (number(measures.get(title)) for measures in found))
     names = " | ".join(STAGE_NAMES.get(record.stage, record.stage) for record in records)
     lines = [f"| | {names} |", "|---|" + "---|" * len(records)]
     return "\n".join(lines + [f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()])
@@ -247,11 +252,19 @@ def stage_datasets(records: Iterable[StageRecord]) -> list[tuple[str, str]]:
     """Of each stage, its name and the datasets that it read."""
     found = []
     for record in records:
+        by_name = {dataset["name"]: dataset for dataset in record.datasets}
+        variants: dict[str, list[str]] = {}  # a recipe numbers those of an entry from the second on
+        for name, dataset in by_name.items():
+            first = re.sub(r"_\d+$", "", name)
+            is_variant = by_name.get(first) == {**dataset, "name": first}
+            variants.setdefault(first if is_variant else name, []).append(name)
         names = []
-        for dataset in record.datasets:
+        for name, alike in variants.items():
+            dataset = by_name[name]
             known = [f"{dataset['rows']:,} rows"] if dataset.get("rows") else []
+            known += [f"{len(alike)} variants"] if len(alike) > 1 else []
             known += [str(dataset[key]) for key in ("id", "license") if dataset.get(key)]
-            names.append(f"{dataset['name']} ({', '.join(known)})" if known else dataset["name"])
+            names.append(f"{name} ({', '.join(known)})" if known else name)
         if names:
             found.append((STAGE_NAMES.get(record.stage, record.stage), ", ".join(names)))
     return found

@@ -13,7 +13,7 @@ from huggingface_hub import SpaceCard
 from huggingface_hub.utils import validate_repo_id
 
 from evaluation.assets import asset_path
-from evaluation.demo import CHECKPOINT
+from evaluation.demo import BRIDGE_CHECKPOINT, CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 """Where the packages lie side by side, in a checkout and when installed alike."""
@@ -47,6 +47,7 @@ def write_space(
         model (`str`, *optional*): Hub name of the model that the Space searches with. Without it the Space carries the
             tiny checkpoint that comes with this project.
         rebuild_model (`str`, *optional*): Hub name of a checkpoint that the bridge stage saved, to rebuild with.
+            Without both, the Space carries that of the tiny checkpoint.
 
     Returns:
         `list[Path]`: The files, relative to the folder.
@@ -68,8 +69,9 @@ def write_space(
         shutil.copyfile(ROOT / "cocoa.py", staging / "cocoa.py")
         for name in DATA:
             copy_file(asset_path(name), staging / name)
-        if model is None:
-            copy_files(asset_path(CHECKPOINT), staging / CHECKPOINT, (*KINDS, ".json", ".safetensors"))
+        carried = [] if model is not None else [CHECKPOINT, *([BRIDGE_CHECKPOINT] if rebuild_model is None else [])]
+        for checkpoint in carried:
+            copy_files(asset_path(checkpoint), staging / checkpoint, (*KINDS, ".json", ".safetensors"))
         shutil.copyfile(licence_file(), staging / "LICENSE")
         defaults = "".join(f'\nos.environ.setdefault("{variable}", "{name}")' for variable, name in named.items())
         (staging / "app.py").write_text(APP.format(defaults=defaults), encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint that comes with the project: whole, up to date with the code, and the same through every door."""
+"""The checkpoints that come with the project: whole, up to date with the code, the same through every door."""
 
 from __future__ import annotations
 
@@ -12,28 +12,34 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from hub_cards import write_card
+from hub_cards.training_record import read_records
 from modeling_cocoa.saving import mend_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "cocoa-tiny"
+STAGES = {CHECKPOINT.name: ["warmup", "bridge", "contrastive"], f"{CHECKPOINT.name}-bridge": ["warmup", "bridge"]}
 
 
-def test_it_holds_safetensors_and_the_code_of_the_package(tmp_path):
-    files = [path for path in CHECKPOINT.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 12_000_000
+@pytest.mark.parametrize("name", STAGES)
+def test_it_holds_safetensors_and_the_code_of_the_package(tmp_path, name):
+    folder = CHECKPOINT.with_name(name)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 14_000_000
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".py", ".md", ".yaml", ".png"}
-    copy = tmp_path / "cocoa-tiny"
-    shutil.copytree(CHECKPOINT, copy)
-    assert mend_cocoa(copy) == [], "run modeling_cocoa.mend_cocoa('checkpoints/cocoa-tiny')"
+    copy = shutil.copytree(folder, tmp_path / name)
+    assert mend_cocoa(copy) == [], f"run modeling_cocoa.mend_cocoa('checkpoints/{name}')"
 
 
-def test_its_card_is_what_its_folder_says(tmp_path):
-    copy = shutil.copytree(CHECKPOINT, tmp_path / "cocoa-tiny")
+@pytest.mark.parametrize("name", STAGES)
+def test_its_card_is_what_its_folder_says(tmp_path, name):
+    folder = CHECKPOINT.with_name(name)
+    copy = shutil.copytree(folder, tmp_path / name)
     write_card(copy)
-    assert (copy / "README.md").read_text() == (CHECKPOINT / "README.md").read_text(), "run: cocoa card " + str(
-        CHECKPOINT.relative_to(ROOT)
+    assert (copy / "README.md").read_text() == (folder / "README.md").read_text(), (
+        f"run: cocoa card checkpoints/{name}"
     )
+    assert [record.stage for record in read_records(folder)] == STAGES[name]
 
 
 def test_every_door_gives_the_same_vectors():

@@ -101,6 +101,13 @@ class RunRecord:
         logs = state.log_history
         training = [entry for entry in logs if "loss" in entry]
         evaluations = [entry for entry in logs if any(name.startswith("eval_") for name in entry)]
+        # Several evaluation sets have an entry each.
+        evaluated = {
+            name: value
+            for entry in evaluations
+            if entry["step"] == evaluations[-1]["step"]
+            for name, value in entry.items()
+        }
         whole = [entry["train_runtime"] for entry in logs if "train_runtime" in entry]
         seconds = whole[-1] if whole and not trainer.was_resumed else None
         return StageRecord(
@@ -117,7 +124,7 @@ class RunRecord:
             device=torch.cuda.get_device_name() if args.device.type == "cuda" else args.device.type.upper(),
             seconds=seconds,
             losses=measures(training[-1]) if training else {},
-            evaluation=measures(evaluations[-1]) if evaluations else {},
+            evaluation=measures(evaluated),
             emissions={} if seconds is None else measured_emissions(trainer),
             versions={name: number for name in LIBRARIES if (number := installed(name)) is not None},
         )

@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from evaluation.assets import asset_path
-from evaluation.demo import CHECKPOINT
+from evaluation.demo import BRIDGE_CHECKPOINT, CHECKPOINT
 from evaluation.encoders import label
 from hub_cards.space.index import Found, PictureSet, SearchIndex, read_prompts
 from hub_cards.space.rebuilding import Rebuilder
@@ -311,7 +311,8 @@ def serve(
     Build the app and serve it until it is interrupted.
 
     Args:
-        model (`str` or `os.PathLike`, *optional*): Defaults to the tiny checkpoint that comes with this project.
+        model (`str` or `os.PathLike`, *optional*): Defaults to the tiny checkpoint that comes with this project, and
+            then `rebuild_model` to that of its bridge stage.
         rebuild_model, pictures (*optional*): As in [`build_app`].
         port (`int`, *optional*): By default the first that is free from 7860 on.
         server_name (`str`, defaults to `"127.0.0.1"`): Address to listen on; by default this machine alone is served.
@@ -319,7 +320,9 @@ def serve(
     Raises:
         OSError, ValueError: as [`build_app`]; the port is taken.
     """
-    app = build_app(asset_path(CHECKPOINT) if model is None else model, rebuild_model=rebuild_model, pictures=pictures)
+    if model is None:
+        model, rebuild_model = asset_path(CHECKPOINT), rebuild_model or asset_path(BRIDGE_CHECKPOINT)
+    app = build_app(model, rebuild_model=rebuild_model, pictures=pictures)
     try:
         _, url, _ = app.launch(
             server_name=server_name,

@@ -17,7 +17,7 @@ from evaluation.emoji_tasks import EMOJI_TASKS
 from evaluation.mmeb_scores import Scores, TaskScore
 from evaluation.vectors import weights_digest
 from hub_cards import CocoaModelCardData, write_card
-from hub_cards.card_data import stage_table
+from hub_cards.card_data import stage_datasets, stage_table
 from hub_cards.results import add_result, read_results
 from hub_cards.training_record import StageRecord, write_records
 from modeling_cocoa.saving import save_cocoa
@@ -159,6 +159,17 @@ def test_the_model_that_training_began_with_is_the_first_stage_s(folder):
 def test_tables_stay_whole_whatever_is_in_them():
     table = stage_table([StageRecord("bridge", {"prompts": {"query": "a | b"}}), StageRecord("contrastive")])
     assert all(line.replace("\\|", "").count("|") == 4 for line in table.splitlines())
+
+
+def test_a_card_names_an_entry_once_and_leaves_out_measures_by_direction():
+    entries = [{"name": name, "rows": 3} for name in ("names", "names_2", "names_3", "words")]
+    record = StageRecord("contrastive", datasets=[*entries, {"name": "words_2", "rows": 4}])
+    expected = "names (3 rows, 3 variants), words (3 rows), words_2 (4 rows)"
+    assert stage_datasets([record]) == [("contrastive", expected)]
+    table = stage_table(
+        [StageRecord("bridge", losses={"loss": 2.0, "text_image_to_text": 3.0}, evaluation={"loss": 4})]
+    )
+    assert "| loss, last logged | 2 |" in table and "| loss, evaluated | 4 |" in table and "_to_" not in table
 
 
 def test_sentence_transformers_writes_it_at_every_save(folder, tmp_path):

@@ -42,6 +42,7 @@ def test_all_is_in_it_and_nothing_else(written):
         "hub_cards/model_card.md",
         "checkpoints/cocoa-tiny/1_Pooling/config.json",
     }
+    assert "checkpoints/cocoa-tiny-bridge/reconstruction.safetensors" in names
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "modeling_cocoa").glob("*.py")}
     assert code <= names
     assert not [
@@ -131,7 +132,10 @@ runpy.run_path("app.py", run_name="__main__")
     with running_app(code, folder, tmp_path / "stderr") as app:
         page = httpx.get(app.url, trust_env=False)
         assert page.status_code == 200 and '<meta property="og:title" content="CoCoA" />' in page.text
-        assert "16 emoji" in httpx.get(f"{app.url}config", trust_env=False).text
+        config = httpx.get(f"{app.url}config", trust_env=False)
+        assert "16 emoji" in config.text
+        names = [part["props"].get("elem_id") for part in config.json()["components"]]
+        assert "rebuild" in names, "the checkpoint that rebuilds has come along"
         for path in (folder / "README.md", folder / "app.py", Path("/etc/passwd")):
             answer = httpx.get(f"{app.url}gradio_api/file={path}", trust_env=False)
             assert answer.status_code in (403, 404) and "root:" not in answer.text, path

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -29,7 +30,8 @@ COMMON = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_steps
 @pytest.fixture
 def trained(tmp_path, emoji):
     """A folder of a model that went through the bridge and the contrastive stage."""
-    start = str(ROOT / "checkpoints" / "cocoa-tiny")
+    tiny = ROOT / "checkpoints" / "cocoa-tiny"
+    start = str(shutil.copytree(tiny, tmp_path / "start", ignore=shutil.ignore_patterns("training.json")))
     args = CocoaReconstructionConfig(
         str(tmp_path / "bridge"), stage="bridge", per_device_train_batch_size=4, learning_rate=3e-4, **COMMON
     )
@@ -50,6 +52,7 @@ def trained(tmp_path, emoji):
         card_data=CocoaModelCardData(license="apache-2.0", language="en", model_name="Birds", notes="Only birds."),
     )
     contrastive.train()
+    contrastive.evaluate({"few": pairs.select(range(4)), "more": pairs.select(range(8))})
     contrastive.save_model(str(tmp_path / "final"))
     return tmp_path / "final"
 
@@ -62,6 +65,7 @@ def test_a_card_tells_all_stages_as_they_ran(trained, emoji):
     assert bridge.datasets == [{"name": "noto", "rows": len(emoji)}] and bridge.seconds > 0
     assert {"loss", "loss_image"} <= set(bridge.losses) and {"loss", "loss_image"} <= set(bridge.evaluation)
     assert contrastive.settings["temperature"] == 0.05 and contrastive.adapters["r"] == 4
+    assert {"few_loss", "more_loss"} <= set(contrastive.evaluation), "of each evaluation set"
     assert contrastive.adapters["target_modules"] == ["q_proj", "v_proj"]
     assert 0 < contrastive.trained_parameters < bridge.trained_parameters
     assert bridge.base_model is None, "a folder is no name that others could load"
@@ -85,7 +89,7 @@ def test_the_time_of_a_run_that_was_resumed_is_not_known(tmp_path, emoji):
         trainer = CocoaReconstructionTrainer(start, args, train_dataset=data)
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model(str(tmp_path / "final"))
-    (record,) = read_records(tmp_path / "final")
+    *_, record = read_records(tmp_path / "final")
     assert record.steps == 2 and record.seconds is None
 
 

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Collaborative attention: who sees whom, written once as a predicate, and the forms of it that attention backends take.
+
+A row of EOS-bridged pre-training is `source · EOS · target` (CoCoA, arXiv 2603.01471):
+
+| query \\ key | source | EOS | target |
+|---|---|---|---|
+| source | yes | yes | no |
+| EOS | yes | yes | no |
+| target | no | yes | yes |
+
+Padding is seen by nobody, and samples packed into one row never see each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flex_attention_mask
+
+PADDING, SOURCE, EOS, TARGET = 0, 1, 2, 3
+"""Segment ids: what part of its sample a token belongs to."""
+
+FLEX_ATTENTION = "cocoa_flex"
+"""`attn_implementation` under which flex attention serves Qwen2-VL, whose stock classes do not declare it
+(transformers refuses names that contain "flex_attention" for such classes)."""
+
+
+def flex_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """
+    Flex attention in the shape that transformers' attention interface asks for.
+
+    Compiled on a GPU, where that is the point of it. On a CPU it is for tests, and runs as written: the compiled CPU
+    kernel of torch 2.14 gives wrong numbers for masks that tell the samples of a packed row apart.
+    """
+    # Rotated in float32 under autocast, while the values are not; the kernel's backward pass wants one dtype.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    kernel = compiled_flex_attention() if query.device.type == "cuda" else flex_attention
+    grouped = query.shape[1] != key.shape[1]
+    output = kernel(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+    return output.transpose(1, 2).contiguous(), None
+
+
+@cache
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    """torch's flex attention, compiled at its first use."""
+    return torch.compile(flex_attention)
+
+
+# Registering is an assignment, so doing it again (package and remote copy in one process) is harmless.
+AttentionInterface.register(FLEX_ATTENTION, flex_forward)
+AttentionMaskInterface.register(FLEX_ATTENTION, flex_attention_mask)
+
+
+def is_visible(query_sample: Tensor, key_sample: Tensor, query_segment: Tensor, key_segment: Tensor) -> Tensor:
+    """
+    The collaborative-attention predicate; every other form of the mask is derived from it.
+
+    Args:
+        query_sample, key_sample (`Tensor`): Ids of the samples that the two tokens belong to.
+        query_segment, key_segment (`Tensor`): `PADDING`, `SOURCE`, `EOS` or `TARGET`. All four broadcast.
+
+    Returns:
+        `Tensor` of bool: whether the query token may attend to the key token.
+    """
+    same_sample = (query_sample == key_sample) & (query_segment != PADDING) & (key_segment != PADDING)
+    same_side = (query_segment == TARGET) == (key_segment == TARGET)
+    return same_sample & (same_side | (key_segment == EOS))
+
+
+def collaborative_mask(segment_ids: Tensor, sample_ids: Tensor | None = None) -> Tensor:
+    """
+    Dense form of the mask.
+
+    Args:
+        segment_ids (`Tensor` of shape `(batch, tokens)`): `PADDING`, `SOURCE`, `EOS` or `TARGET`.
+        sample_ids (`Tensor` of shape `(batch, tokens)`, *optional*): Tells the samples of a packed row apart; by
+            default each row is one sample.
+
+    Returns:
+        `Tensor` of bool, shape `(batch, 1, tokens, tokens)`: `[b, 0, q, k]` says whether q attends to k.
+    """
+    if sample_ids is None:
+        sample_ids = torch.zeros_like(segment_ids)
+    return is_visible(
+        sample_ids[:, None, :, None],
+        sample_ids[:, None, None, :],
+        segment_ids[:, None, :, None],
+        segment_ids[:, None, None, :],
+    )
+
+
+def collaborative_block_mask(segment_ids: Tensor, sample_ids: Tensor | None = None) -> BlockMask:
+    """
+    Block form of the mask, for flex attention. Arguments as in [`collaborative_mask`].
+
+    Returns:
+        `BlockMask` over `(batch, heads (broadcast), tokens, tokens)`.
+    """
+    if sample_ids is None:
+        sample_ids = torch.zeros_like(segment_ids)
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return is_visible(
+            sample_ids[batch, query], sample_ids[batch, key], segment_ids[batch, query], segment_ids[batch, key]
+        )
+
+    batch, tokens = segment_ids.shape
+    return create_block_mask(mask_mod, B=batch, H=None, Q_LEN=tokens, KV_LEN=tokens, device=str(segment_ids.device))
+
+
+def packed_block_mask(segment_ids: Tensor, sample_ids: Tensor, block: int = 128) -> BlockMask:
+    """
+    Block form of the mask of one packed row, made from what each block of tokens holds: never tokens x tokens.
+
+    Args:
+        segment_ids, sample_ids (`Tensor` of shape `(tokens,)`): As in [`is_visible`], without padding.
+        block (`int`, defaults to 128): Tokens of a block.
+
+    Returns:
+        `BlockMask` over `(1, heads (broadcast), tokens, tokens)`.
+    """
+    tokens, device = len(segment_ids), segment_ids.device
+    blocks = torch.arange(tokens, device=device) // block
+    count = -(-tokens // block)
+
+    def holds(chosen: Tensor) -> Tensor:
+        """Which blocks hold a chosen token of which samples: `(blocks, samples)`, 0 or 1."""
+        found = torch.zeros(count, int(sample_ids.max()) + 1, device=device)
+        found[blocks[chosen], sample_ids[chosen]] = 1
+        return found
+
+    is_target = segment_ids == TARGET
+    sources, targets, ends = holds(~is_target), holds(is_target), holds(segment_ids == EOS)
+    visible = (sources @ sources.T + targets @ (targets + ends).T) > 0
+    counts = visible.sum(-1, dtype=torch.int32)
+    order = visible.int().argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return is_visible(sample_ids[query], sample_ids[key], segment_ids[query], segment_ids[key])
+
+    return BlockMask.from_kv_blocks(
+        counts[None, None], order[None, None], BLOCK_SIZE=block, mask_mod=mask_mod, seq_lengths=(tokens, tokens)
+    )
+
+
+def attention_mask_for(
+    attn_implementation: str, segment_ids: Tensor, sample_ids: Tensor | None, dtype: torch.dtype
+) -> Tensor | BlockMask:
+    """
+    The mask in the form that a backend's layers take.
+
+    Args:
+        attn_implementation (`str`): The text model's `config._attn_implementation`.
+        segment_ids, sample_ids: As in [`collaborative_mask`].
+        dtype (`torch.dtype`): Of the hidden states; eager attention adds its mask to the scores.
+
+    Returns:
+        bool mask for `sdpa`, additive mask for `eager`, `BlockMask` for flex attention.
+
+    Raises:
+        ValueError: the backend cannot express the mask (flash attention is causal or full, nothing between).
+    """
+    if attn_implementation == FLEX_ATTENTION:
+        return collaborative_block_mask(segment_ids, sample_ids)
+    mask = collaborative_mask(segment_ids, sample_ids)
+    # A softmax over nothing is NaN: a padding token looks at itself. Nobody looks at it.
+    itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+    mask = mask | (itself & (segment_ids == PADDING)[:, None, :, None])
+    if attn_implementation == "sdpa":
+        return mask
+    if attn_implementation == "eager":
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    raise ValueError(
+        f"attn_implementation={attn_implementation!r} cannot express collaborative attention. "
+        f"Load the model with 'sdpa', 'eager' or {FLEX_ATTENTION!r}."
+    )

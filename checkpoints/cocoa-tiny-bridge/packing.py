@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A padded batch as one row without padding, and collaborative attention over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
+
+from .attention import FLEX_ATTENTION, PADDING, TARGET, packed_block_mask
+
+
+@dataclass
+class Spans:
+    """
+    Samples behind one another in a packed row, those of equal length together.
+
+    Args:
+        lengths (`list[int]`): Tokens of each sample.
+    """
+
+    lengths: list[int]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """How many samples of one length follow one another, for each such group."""
+        return [len(list(members)) for _, members in groupby(self.lengths)]
+
+    def boundaries(self, device: torch.device) -> Tensor:
+        """First token of each sample and the end of the last, int32, as variable-length kernels take them."""
+        return nn.functional.pad(torch.tensor(self.lengths, device=device).cumsum(0), (1, 0)).to(torch.int32)
+
+    def batches(self, tokens: Tensor, counts: list[int]) -> list[Tensor]:
+        """
+        Tokens `(tokens, heads, size)` as views `(samples, heads, length, size)`.
+
+        Args:
+            tokens (`Tensor`).
+            counts (`list[int]`): Samples of each view, which have to be of one length.
+        """
+        firsts = [0, *accumulate(counts)][:-1]
+        lengths = [self.lengths[first] for first in firsts]
+        parts = tokens.split([samples * length for samples, length in zip(counts, lengths, strict=True)])
+        return [
+            part.view(samples, length, *tokens.shape[1:]).transpose(1, 2)
+            for part, samples, length in zip(parts, counts, lengths, strict=True)
+        ]
+
+
+@dataclass
+class Packing:
+    """
+    Where the tokens of a padded batch lie in one row without padding: sources, each with its EOS, by increasing
+    length; then targets, by increasing length. Build it with [`pack`].
+
+    Args:
+        index (`Tensor` of shape `(tokens,)`): Place of each packed token in the flattened batch.
+        sources, targets ([`Spans`]).
+        eos (`Tensor` of shape `(batch,)`): Packed place of each batch row's EOS, in the batch's order.
+        order (`Tensor` of shape `(batch,)`): The batch row of each source, in packed order.
+        target_keys (`Tensor`): Packed places of what targets see: each one's EOS, then itself.
+        segment_ids, sample_ids (`Tensor` of shape `(tokens,)`): As in [`~attention.is_visible`].
+    """
+
+    index: Tensor
+    sources: Spans
+    targets: Spans
+    eos: Tensor
+    order: Tensor
+    target_keys: Tensor
+    segment_ids: Tensor
+    sample_ids: Tensor
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The collaborative mask of the packed row, for flex attention."""
+        return packed_block_mask(self.segment_ids, self.sample_ids)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Packing:
+        """The same on a device; where a model is spread over several, layers ask for it."""
+        if self.index.device == device:
+            return self
+        moved = {
+            entry.name: value.to(device, non_blocking=non_blocking)
+            for entry in fields(self)
+            if isinstance(value := getattr(self, entry.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def unpack(self, packed: Tensor, shape: torch.Size) -> Tensor:
+        """Packed tokens `(tokens, hidden)` in their places of a batch of `shape` `(batch, tokens)`, padding zero."""
+        padded = packed.new_zeros(shape.numel(), packed.shape[-1]).index_copy(0, self.index, packed)
+        return padded.view(*shape, -1)
+
+
+def pack(segment_ids: Tensor) -> Packing:
+    """
+    Find the places of a batch's tokens in one row.
+
+    Args:
+        segment_ids (`Tensor` of shape `(batch, tokens)`): `PADDING`, `SOURCE`, `EOS` or `TARGET`; padding may be
+            anywhere. A row's last token that is neither padding nor target counts as its EOS.
+
+    Raises:
+        ValueError: a row has no token besides padding and target; names the row.
+    """
+    is_target = segment_ids == TARGET
+    is_source = (segment_ids != PADDING) & ~is_target
+    order, lengths, source_index = by_length(is_source)
+    if lengths and lengths[0] == 0:
+        raise ValueError(f"Row {int(order[0])} of the batch is padding only: every input must hold at least the EOS.")
+    ends = torch.tensor(lengths, device=order.device).cumsum(0) - 1
+    eos = torch.empty_like(order)
+    eos[order] = ends
+    target_order, target_lengths, target_index = by_length(is_target)
+    target_lengths, none = [length for length in target_lengths if length], target_lengths.count(0)
+    index = torch.cat([source_index, target_index])
+    targets = Spans(target_lengths)
+    # Each target's keys: its EOS in front of its own tokens.
+    own = torch.arange(len(source_index), len(index), device=index.device)
+    firsts = targets.boundaries(index.device)[:-1].long()
+    keys = torch.empty(len(own) + len(firsts), dtype=own.dtype, device=own.device)
+    eos_places = firsts + torch.arange(len(firsts), device=own.device)
+    is_own = torch.ones_like(keys, dtype=torch.bool)
+    is_own[eos_places] = False
+    keys[eos_places], keys[is_own] = eos[target_order[none:]], own
+    return Packing(
+        index=index,
+        sources=Spans(lengths),
+        targets=targets,
+        eos=eos,
+        order=order,
+        target_keys=keys,
+        segment_ids=segment_ids.flatten()[index],
+        sample_ids=index // segment_ids.shape[1],
+    )
+
+
+def by_length(chosen: Tensor) -> tuple[Tensor, list[int], Tensor]:
+    """Rows by their number of chosen places, these numbers, and the flat index of each such place in that order."""
+    lengths, order = chosen.sum(1).sort(stable=True)
+    rows, columns = chosen[order].nonzero(as_tuple=True)
+    return order, lengths.tolist(), order[rows] * chosen.shape[1] + columns
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    *,
+    implementation: str,
+    scaling: float,
+    dropout: float = 0.0,
+    eos_only: bool = False,
+) -> Tensor:
+    """
+    Collaborative attention over a packed row; no mask of tokens x tokens is made.
+
+    Sources see their own source and EOS, targets their own EOS and target (CoCoA, arXiv 2603.01471): both are full
+    attention between two stretches of the row, which any backend can do.
+
+    Args:
+        module: The attention module; backends read its number of key and value heads.
+        query (`Tensor` of shape `(tokens, heads, head size)`): With `eos_only`, of the EOS tokens in packed order.
+        key, value (`Tensor` of shape `(tokens, key and value heads, head size)`).
+        packing ([`Packing`]).
+        implementation (`str`): `"sdpa"` attends samples of equal length as one batch, flash attention goes by
+            boundaries, [`FLEX_ATTENTION`] by a block mask.
+        scaling (`float`): Of the scores.
+        dropout (`float`, defaults to 0).
+        eos_only (`bool`, defaults to `False`): The queries are the EOS tokens alone.
+
+    Returns:
+        `Tensor` of shape `(queries, heads * head size)`.
+    """
+    options = {"implementation": implementation, "scaling": scaling, "dropout": dropout}
+    if implementation == FLEX_ATTENTION and not eos_only:
+        row = (part.transpose(0, 1)[None] for part in (query, key, value))
+        kernel = ALL_ATTENTION_FUNCTIONS[implementation]
+        return kernel(module, *row, packing.block_mask, scaling=scaling, dropout=dropout)[0].flatten(2)[0]
+    sources = packing.sources
+    ends = sum(sources.lengths)
+    if eos_only:
+        ones = Spans([1] * len(sources.lengths))
+        return attend_spans(module, query, ones, key[:ends], value[:ends], sources, **options)
+    output = attend_spans(module, query[:ends], sources, key[:ends], value[:ends], sources, **options)
+    if not packing.targets.lengths:
+        return output
+    seen = Spans([length + 1 for length in packing.targets.lengths])
+    keys, values = key[packing.target_keys], value[packing.target_keys]
+    return torch.cat([output, attend_spans(module, query[ends:], packing.targets, keys, values, seen, **options)])
+
+
+def attend_spans(
+    module: nn.Module,
+    query: Tensor,
+    query_spans: Spans,
+    key: Tensor,
+    value: Tensor,
+    key_spans: Spans,
+    *,
+    implementation: str,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """
+    Full attention of each sample's queries to its keys.
+
+    Args:
+        query_spans, key_spans ([`Spans`]): The same samples; those with keys of one length have queries of one length.
+
+    Returns:
+        `Tensor` of shape `(queries, heads * head size)`.
+
+    Raises:
+        ValueError: the implementation is another; names those that there are.
+    """
+    if is_flash_attention_requested(requested_attention_implementation=implementation):
+        row = (part.transpose(0, 1)[None] for part in (query, key, value))
+        output, _ = ALL_ATTENTION_FUNCTIONS[implementation](
+            module,
+            *row,
+            None,
+            cu_seq_lens_q=query_spans.boundaries(query.device),
+            cu_seq_lens_k=key_spans.boundaries(key.device),
+            max_length_q=max(query_spans.lengths),
+            max_length_k=max(key_spans.lengths),
+            scaling=scaling,
+            dropout=dropout,
+            is_causal=False,
+        )
+        return output.reshape(len(query), -1)
+    if implementation not in ("sdpa", FLEX_ATTENTION):
+        raise ValueError(
+            f"attn_implementation={implementation!r} is not known on packed rows. Load the model with 'sdpa', "
+            f"'flash_attention_2', {FLEX_ATTENTION!r}, or 'eager' for the stock layers on the padded batch."
+        )
+    counts, grouped = key_spans.counts, query.shape[1] != key.shape[1]
+    groups = zip(
+        query_spans.batches(query, counts),
+        key_spans.batches(key, counts),
+        key_spans.batches(value, counts),
+        strict=True,
+    )
+    outputs = (
+        nn.functional.scaled_dot_product_attention(*group, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
+        for group in groups
+    )
+    return torch.cat([output.transpose(1, 2).flatten(0, 1).flatten(1) for output in outputs])
