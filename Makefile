@@ -23,7 +23,7 @@ demo: $(INSTALLED) ## search the emoji with the tiny checkpoint: scores, queries
 	@$(BIN)/cocoa demo
 
 test: $(INSTALLED) ## run the tests that need no GPU
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 test-matrix: $(INSTALLED) ## the tests with the oldest and newest libraries, in environments of their own; MATRIX="oldest": a row
 	@$(BIN)/python .ci/matrix $(MATRIX)

@@ -148,7 +148,10 @@ def wrong_card(folder: Path) -> Iterator[str]:
             yield "README.md: its head has no `library_name: sentence-transformers`. Write it again with `cocoa card`."
         for name in re.findall(r"!\[[^\]]*\]\(([^):]+)\)", card.text):
             if not (folder / name).is_file():
-                yield f"README.md shows the picture {name}, which is not there. Write it again with `cocoa card`."
+                yield (
+                    f"README.md shows the picture {name}, which is not there: copy it from where the model was saved "
+                    "first, or write the card again with `cocoa card`."
+                )
     for read in (FolderFacts.read, read_records, read_results):
         try:
             read(folder)

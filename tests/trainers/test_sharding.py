@@ -87,6 +87,8 @@ if trainer.is_world_process_zero():
         json.dump([sharded, trainer.state.log_history], file)
 trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
+sys.stdout.flush()
+os._exit(0)  # all is saved; threads of torch's sharding, left running on a CPU, may abort an ordinary exit
 """
 
 
