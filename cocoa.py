@@ -339,7 +339,8 @@ def run_app(
     rebuild_model: Annotated[
         str | None,
         typer.Option(
-            help="One that the bridge stage saved, to see what it rebuilds from the EOS; by default the tiny one's."
+            help="One that the bridge stage saved, to see what it rebuilds from the EOS; without it and without "
+            "--model, the tiny one's."
         ),
     ] = None,
     pictures: Annotated[
