@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 from modeling_cocoa.checkpoint_files import check_is_there
+from modeling_cocoa.heads import find_checkpoint_file
 from modeling_cocoa.inputs import CocoaInputError, Conversation, load_image
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
@@ -41,7 +43,8 @@ class Encoder:
             inputs for another model.
 
     Raises:
-        OSError, ValueError: there is no such checkpoint, or it is no CoCoA checkpoint; a folder has no revision.
+        OSError, ValueError: there is no such checkpoint; it is no CoCoA checkpoint, or one that shortens its vectors;
+            a folder has no revision.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Encoder:
         try:
             if is_cocoa:
                 options = {"revision": revision} if revision else {}
+                check_length(name, options)
                 self.model = CocoaTransformer(name, model_kwargs=options, processor_kwargs=options).eval()
                 self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             else:
@@ -163,6 +167,20 @@ def check_name(name: str, revision: str | None) -> None:
         if revision is not None:
             raise ValueError(f"{name} is a folder, and a revision is one of a model on the Hub: leave it out.")
     check_is_there(name)
+
+
+def check_length(name: str, options: Mapping[str, str]) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint shortens its vectors, and a score of whole ones would not be its own.
+    """
+    file = find_checkpoint_file(name, "config_sentence_transformers.json", **options)
+    settings = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    if length := settings.get("truncate_dim"):
+        raise ValueError(
+            f"{name} shortens its vectors to {length} numbers: name it with --baseline to score these, or set "
+            f"truncate_dim to null in its config_sentence_transformers.json to score whole ones."
+        )
 
 
 def label(name: str) -> str:

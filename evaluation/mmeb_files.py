@@ -16,7 +16,6 @@ from datasets import (
     LargeList,
     Value,
     concatenate_datasets,
-    load_dataset,
     load_dataset_builder,
 )
 from datasets import Sequence as SequenceFeature
@@ -35,7 +34,7 @@ COLUMNS = {
 INSTRUCTIONS = {"qry_inst": "a text", "tgt_inst": "a text"}
 """Further ones of `ziyjiang/MMEB_Test_Instruct`, which the benchmark's current evaluator reads: instructions apart."""
 
-FORMATS = {".parquet": "parquet", ".jsonl": "json"}
+FORMATS = {".parquet": Dataset.from_parquet, ".jsonl": Dataset.from_json}
 
 
 def has_instructions(columns: Sequence[str]) -> bool:
@@ -133,7 +132,8 @@ def read_file(name: str, path: Path) -> Dataset | None:
         is_parquet = path.suffix == ".parquet"
         if not (pq.read_metadata(path).num_rows if is_parquet else path.read_bytes().strip()):
             return None
-        return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+        # Not by load_dataset, which tells the makers of `datasets` of every file that is read.
+        return FORMATS[path.suffix](str(path))
 
 
 @contextmanager

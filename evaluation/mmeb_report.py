@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from modeling_cocoa.inputs import load_image
+from modeling_cocoa.inputs import CocoaInputError, load_image
 
 from .gallery import data_url, render_page
 from .mmeb_data import Item, TaskData
@@ -168,6 +168,9 @@ def render_image(item: Item) -> str:
     """An item's image, small; nothing where it has none."""
     if item.image is None:
         return ""
-    picture = load_image(item.image)
+    try:
+        picture = load_image(item.image)
+    except CocoaInputError:  # of a shape that the model was shown stretched
+        picture = load_image(item.image, THUMBNAIL)
     picture.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
     return f'<img alt="{escape(os.path.basename(item.image))}" src="{data_url(picture)}">'

@@ -14,6 +14,7 @@ For MMEB-V1 there is `cocoa eval mmeb`, for mteb examples/evaluate_with_mteb.py.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import evaluate
@@ -40,7 +41,8 @@ def main() -> None:
 
     # 1. The data. A text that several pictures share is one query, and each of these pictures is a right answer.
     rows = load_dataset("imagefolder", data_dir=str(options.folder), split="train")
-    files = [Path(value["path"]).name for value in rows.cast_column("image", Image(decode=False))["image"]]
+    paths = [value["path"] for value in rows.cast_column("image", Image(decode=False))["image"]]
+    files = [os.path.relpath(path, options.folder) for path in paths]
     pictures = list(rows["image"])
     texts = list(dict.fromkeys(rows["text"]))
     text_of = dict(zip(files, rows["text"], strict=True))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from modeling_cocoa.files import written_whole
 from modeling_cocoa.saving import CARD_MARK
 
 from .folder_facts import FolderFacts
-from .results import chart_of, read_results
+from .results import chart_of, check_results, read_results
 from .training_record import StageRecord, read_records
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -33,8 +34,8 @@ FIELDS_FILE = "card.yaml"
 STAGE_NAMES = {"warmup": "warm-up", "bridge": "EOS bridge", "contrastive": "contrastive"}
 DETAILS = ("pixel_", "text_", "token_accuracy_")
 """Beginnings of the names of measures by direction: in the record, and too many for a card."""
-BENCHMARK_DATASETS = {"MMEB-V1": "TIGER-Lab/MMEB-eval"}
-"""Of a benchmark, the Hub name of its data."""
+BENCHMARK_DATASETS = {"MMEB-V1": ("TIGER-Lab/MMEB-eval", "ziyjiang/MMEB_Test_Instruct")}
+"""Of a benchmark, the Hub names of its data, where it was first published first."""
 
 
 class BlockDumper(yaml.SafeDumper):
@@ -104,13 +105,24 @@ class CocoaModelCardData(SentenceTransformerModelCardData):
         """What may be said of a model."""
         return [item.name for item in fields(cls) if item.init]
 
-    def write_fields(self, folder: str | os.PathLike) -> None:
-        """Write what the author says into a model's folder, so that it is there when the card is written again."""
+    def said(self) -> dict[str, Any]:
+        """The fields that are not at their defaults."""
         default = type(self)()
-        said = {
+        return {
             name: getattr(self, name) for name in self.field_names() if getattr(self, name) != getattr(default, name)
         }
-        if said:
+
+    def beside(self, earlier: CocoaModelCardData) -> CocoaModelCardData:
+        """A copy, in which what was not said is as it was said earlier."""
+        data = copy(self)
+        for name, value in earlier.said().items():
+            if name not in self.said():
+                setattr(data, name, value)
+        return data
+
+    def write_fields(self, folder: str | os.PathLike) -> None:
+        """Write what the author says into a model's folder, so that it is there when the card is written again."""
+        if said := self.said():
             with written_whole(Path(folder) / FIELDS_FILE) as path:
                 text = yaml.dump(said, Dumper=BlockDumper, sort_keys=False, allow_unicode=True, width=1000)
                 path.write_text(text, encoding="utf-8")
@@ -154,28 +166,35 @@ def write_card(folder: str | os.PathLike, card_data: CocoaModelCardData | None =
     Args:
         folder (`str` or `os.PathLike`): Of a model saved by [`save_cocoa`].
         card_data ([`CocoaModelCardData`], *optional*): What the folder does not tell, which is kept in its
-            `card.yaml`; by default what that holds.
+            `card.yaml`. What it leaves unsaid is as that file has it.
 
     Returns:
         `Path`: The `README.md`.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is not whole; its `card.yaml` is not valid; its README.md was written
-            by somebody, who would lose it.
+        FileNotFoundError, ValueError: the folder is not whole; its `card.yaml` is not valid; a result in it is of
+            other weights; its README.md was written by somebody, who would lose it.
     """
     folder = Path(folder)
     path = folder / "README.md"
-    if path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8"):
+    if is_somebodys(path):
         raise ValueError(
             f"{path} was not written by this package, and would be lost: put what it says into the `notes` of "
             f"{FIELDS_FILE} beside it, and remove it."
         )
-    data = card_data or CocoaModelCardData.from_folder(folder)
+    check_results(folder)
+    earlier = CocoaModelCardData.from_folder(folder)
+    data = earlier if card_data is None else card_data.beside(earlier)
     data.write_fields(folder)
     data.save_dir = os.fspath(folder)
     with written_whole(path) as partial:
         ModelCard.from_template(data, template_path=str(data.template_path)).save(partial)
     return path
+
+
+def is_somebodys(card: Path) -> bool:
+    """Whether there is a card that this package did not write."""
+    return card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8")
 
 
 def dataset_ids(named: Iterable[Mapping[str, Any]], records: Iterable[StageRecord]) -> list[str]:
@@ -198,7 +217,7 @@ def model_index(name: str, results: Iterable[Scores]) -> list[dict[str, Any]] | 
         EvalResult(
             task_type="feature-extraction",
             task_name="Multimodal embedding",
-            dataset_type=BENCHMARK_DATASETS.get(scores.benchmark, scores.benchmark),
+            dataset_type=dataset_of(scores),
             dataset_name=scores.benchmark,
             metric_type="precision_at_1",
             metric_name=f"Precision@1, {MEANS[part]}",
@@ -210,6 +229,13 @@ def model_index(name: str, results: Iterable[Scores]) -> list[dict[str, Any]] | 
         if part in MEANS and value is not None
     ]
     return eval_results_to_model_index(name, found) if found else None
+
+
+def dataset_of(scores: Scores) -> str:
+    """The Hub name of the data that a result is of, or of the benchmark's own where those were files."""
+    known = BENCHMARK_DATASETS.get(scores.benchmark, (scores.benchmark,))
+    source = scores.settings.get("data", {}).get("source")
+    return source if source in known else known[0]
 
 
 def result_section(scores: Scores) -> str:
@@ -224,7 +250,7 @@ def stage_table(records: Sequence[StageRecord]) -> str:
     rows: dict[str, list[str]] = {}
 
     def add(title: str, values: Iterable[Any]) -> None:
-        cells = ["" if value in (None, "", {}, []) else str(value).replace("|", "\\|") for value in values]
+        cells = ["" if value in (None, "", {}, []) else in_a_cell(value) for value in values]
         if any(cells):
             rows[title] = cells
 
@@ -268,6 +294,11 @@ def stage_datasets(records: Iterable[StageRecord]) -> list[tuple[str, str]]:
         if names:
             found.append((STAGE_NAMES.get(record.stage, record.stage), ", ".join(names)))
     return found
+
+
+def in_a_cell(value: Any) -> str:
+    """A value as a cell of a table can hold it."""
+    return str(value).replace("|", "\\|").replace("\n", "\\n")
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ from modeling_cocoa.auto import BACKBONES
 from modeling_cocoa.saving import code_files
 
 from .folder_facts import INDEX, FolderFacts, read_json, weight_files
-from .results import read_results
+from .results import check_results, read_results
 from .training_record import read_records
 
 NEEDED = (
@@ -32,11 +32,12 @@ NEEDED = (
 """Files that every CoCoA model's folder holds, beside its weights and its code."""
 TEXT = {".json", ".jinja", ".md", ".py", ".txt", ".yaml"}
 IMAGES = {".png": b"\x89PNG", ".jpg": b"\xff\xd8\xff", ".jpeg": b"\xff\xd8\xff"}
+LICENCES = {"LICENSE", "NOTICE"}
 ALLOWED = {*TEXT, *IMAGES, ".safetensors"}
 LARGEST = 50 * 10**9
 """Bytes of a file that the Hub takes."""
 MACHINE_PATHS = re.compile(
-    r"(?<![\w:./])(/(?:home|root|Users|tmp|mnt|media|scratch|workspace|var|opt)/[\w.+-]+|[A-Za-z]:\\+Users\\+[\w.+-]+)"
+    r"(?:(?<![\w./])|(?<=file://))(/(?:home|root|Users|tmp|mnt|media|scratch|workspace|var|opt)/[\w.+-]+|[A-Za-z]:\\+Users\\+[\w.+-]+)"
 )
 SECRETS = {
     "a Hub token": re.compile(r"\bhf_[A-Za-z0-9]{20,}"),
@@ -49,7 +50,7 @@ SECRETS = {
 
 def uploaded_files(folder: Path) -> list[Path]:
     """The files that are pushed: all but hidden ones, in order."""
-    found = (path for path in folder.rglob("*") if path.is_file())
+    found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
@@ -59,8 +60,8 @@ def find_problems(folder: Path) -> list[str]:
     nothing is.
 
     Files of other kinds than safetensors, JSON, text and pictures; missing ones; weights that are not whole or not
-    all numbers; a card, a record or a result that cannot be read; code that is not this package's; paths of this
-    machine; secrets.
+    all numbers; a card, a record or a result that cannot be read; results of other weights; code that is not this
+    package's; paths of this machine; secrets.
 
     Args:
         folder (`Path`): Of a model.
@@ -68,6 +69,8 @@ def find_problems(folder: Path) -> list[str]:
     problems = [*wrong_files(folder), *missing_files(folder)]
     if not problems:  # what follows reads them
         problems += [*wrong_weights(folder), *wrong_card(folder), *wrong_code(folder)]
+    if not problems:  # what follows loads the model
+        problems += [*wrong_results(folder)]
     return problems + [*told_too_much(folder)]
 
 
@@ -77,19 +80,24 @@ def wrong_files(folder: Path) -> Iterator[str]:
         name = path.relative_to(folder)
         if path.is_symlink() and not path.exists():
             yield f"{name} is a link to nothing."
-        elif path.suffix not in ALLOWED:
+        elif path.suffix not in ALLOWED and path.name not in LICENCES:
             yield (
-                f"{name}: only {', '.join(sorted(ALLOWED))} are pushed (pickled files can run code where they are "
-                "loaded); remove it, or push the folder that the trainer's save_model wrote."
+                f"{name}: only {', '.join(sorted(ALLOWED))}, LICENSE and NOTICE are pushed (pickled files can run "
+                "code where they are loaded); remove it, or push the folder that the trainer's save_model wrote."
             )
         elif path.suffix in IMAGES and not path.read_bytes().startswith(IMAGES[path.suffix]):
             yield f"{name} is not the picture that its name says; remove it."
-        elif path.suffix in TEXT and b"\0" in path.read_bytes():
+        elif is_text(path) and b"\0" in path.read_bytes():
             yield f"{name} is not the text that its name says; remove it."
         elif path.suffix == ".json" and not is_json(path):
             yield f"{name} is not valid JSON: mend it, or save the model again with modeling_cocoa.save_cocoa."
         elif path.stat().st_size > LARGEST:
             yield f"{name} has more than {LARGEST // 10**9} GB, which the Hub does not take; save in shards."
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file is of a kind that holds text, by its name."""
+    return path.suffix in TEXT or path.name in LICENCES
 
 
 def is_json(path: Path) -> bool:
@@ -161,6 +169,14 @@ def wrong_card(folder: Path) -> Iterator[str]:
             yield f"{error}"
 
 
+def wrong_results(folder: Path) -> Iterator[str]:
+    """Results that were measured with other weights."""
+    try:
+        check_results(folder)
+    except ValueError as error:
+        yield f"{error}"
+
+
 def wrong_code(folder: Path) -> Iterator[str]:
     """Files of code that differ from this package's, or are not of it."""
     config, modules = read_json(folder / "config.json"), read_json(folder / "modules.json")
@@ -182,7 +198,7 @@ def told_too_much(folder: Path) -> Iterator[str]:
     """Paths of the machine and secrets in files of text."""
     token = get_token()
     for path in uploaded_files(folder):
-        if path.suffix not in TEXT:
+        if not is_text(path) or not path.exists():
             continue
         name = path.relative_to(folder)
         text = path.read_text(encoding="utf-8", errors="replace")

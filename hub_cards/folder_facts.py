@@ -33,6 +33,7 @@ class FolderFacts:
         similarity (`str`): Function that vectors are compared with.
         prompts (`dict[str, str]`): Instructions by name, those that are not empty.
         needs_remote_code (`bool`): Whether it loads with `trust_remote_code=True` only.
+        shortened_from (`int`, *optional*): Length of a whole vector, where the folder shortens them (`truncate_dim`).
     """
 
     backbone: str
@@ -46,6 +47,7 @@ class FolderFacts:
     similarity: str
     prompts: dict[str, str] = field(default_factory=dict)
     needs_remote_code: bool = False
+    shortened_from: int | None = None
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> FolderFacts:
@@ -64,10 +66,11 @@ class FolderFacts:
         settings = read_json(folder / "config_sentence_transformers.json")
         size = read_json(folder / "processor_config.json")["image_processor"]["size"]
         modules = read_json(folder / "modules.json")
+        whole, shortened = config["text_config"]["hidden_size"], settings.get("truncate_dim")
         return cls(
             backbone=backbone.__name__,
             model_type=config["model_type"],
-            dimension=settings.get("truncate_dim") or config["text_config"]["hidden_size"],
+            dimension=shortened or whole,
             parameters=count_parameters(folder),
             dtype=config["dtype"],
             max_length=read_json(folder / "tokenizer_config.json")["model_max_length"],
@@ -76,6 +79,7 @@ class FolderFacts:
             similarity=settings.get("similarity_fn_name") or "cosine",
             prompts={name: prompt for name, prompt in settings["prompts"].items() if prompt},
             needs_remote_code=any(not module["type"].startswith("sentence_transformers.") for module in modules),
+            shortened_from=whole if shortened else None,
         )
 
 

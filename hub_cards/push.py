@@ -20,7 +20,7 @@ from modeling_cocoa.auto import BACKBONES
 from modeling_cocoa.saving import WEIGHT_FILES, code_files, mend_cocoa
 
 from .doors import find_door_problems
-from .folder_checks import find_problems, is_json, uploaded_files
+from .folder_checks import find_problems, is_json, told_too_much, uploaded_files
 from .folder_facts import read_json
 from .space_folder import write_space
 
@@ -124,12 +124,15 @@ def push_space(
 
     Raises:
         ValueError: a model is not named as on the Hub.
+        FolderError: a file of the package names a path of this machine or holds a secret.
         PushError: the Hub did not take it; says what became of the repository.
     """
     console = console or Console()
     with tempfile.TemporaryDirectory(prefix="cocoa-space-") as scratch:
         folder = Path(scratch) / "space"
         write_space(folder, model=model, rebuild_model=rebuild_model)
+        if problems := [*told_too_much(folder)]:
+            raise FolderError(Path("the Space"), problems)
         console.print(list_files(folder, repo_id, None))
         if dry_run:
             console.print("Nothing was uploaded: this was a dry run.")
@@ -146,7 +149,7 @@ def staged(folder: Path) -> Iterator[Path]:
         for path in uploaded_files(folder):
             target = staging / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".safetensors":
+            if path.suffix == ".safetensors" or not path.exists():  # a link to nothing stays one, to be found
                 target.symlink_to(path.resolve())
             else:
                 shutil.copyfile(path, target)

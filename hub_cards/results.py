@@ -30,6 +30,29 @@ def read_results(folder: str | os.PathLike) -> list[Scores]:
     return [Scores.from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
 
+def check_results(folder: str | os.PathLike) -> None:
+    """
+    Find out whether the results in a model's folder are those of the weights that are there now.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of the model.
+
+    Raises:
+        ValueError: one was measured with other weights; names it.
+    """
+    results = read_results(folder)
+    if not results:
+        return
+    weights = weights_digest(CocoaTransformer(folder))
+    for scores in results:
+        if scores.settings.get("weights") != weights:
+            raise ValueError(
+                f"{Path(folder) / RESULTS_FOLDER / file_name(scores)}.json was measured with other weights than those "
+                "in the folder: remove it and its chart, or evaluate this model with `cocoa eval --model` and give "
+                "its scores.json to `cocoa card`."
+            )
+
+
 def add_result(folder: str | os.PathLike, scores_file: str | os.PathLike) -> Scores:
     """
     Put the result of an evaluation into the folder of the model that it is of.
@@ -52,7 +75,8 @@ def add_result(folder: str | os.PathLike, scores_file: str | os.PathLike) -> Sco
         raise ValueError(f"{path} holds no scores of `cocoa eval` ({error!r}).") from error
     if weights_digest(CocoaTransformer(folder)) != measured:
         raise ValueError(
-            f"{path} was measured with other weights than those in {folder}: evaluate this model, with `cocoa eval`."
+            f"{path} was measured with other weights than those in {folder}: evaluate this model, with `cocoa eval "
+            "--model`."
         )
     target = Path(folder) / RESULTS_FOLDER
     target.mkdir(exist_ok=True)

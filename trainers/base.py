@@ -152,9 +152,16 @@ class CocoaTrainerMixin:
     was_resumed: bool = False
     """Whether its time is not that of the whole run."""
 
-    def complete_folder(self, folder: Path) -> None:
-        """Write the record of all stages and the card into a folder that the model is saved to."""
+    def complete_folder(self, folder: Path, target: str | os.PathLike) -> None:
+        """
+        Write the record of all stages and the card into a folder that a model is saved to.
+
+        Args:
+            folder (`Path`): Where it is made ready.
+            target (`str` or `os.PathLike`): Where it goes; may exist.
+        """
         self.record.complete_folder(folder, self, self.backbone, last_picture(Path(self.args.output_dir)))
+        self.record.write_card(folder, Path(target))
 
     def show_losses(self) -> None:
         """Have the progress bar show the latest losses by name."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -312,7 +313,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
                 truncate_dim=model.truncate_dim,
                 similarity_fn_name=model.similarity_fn_name,
             )
-        save_cocoa(model, None, folder, complete=self.complete_folder)
+        save_cocoa(model, None, folder, complete=partial(self.complete_folder, target=folder))
         save_adapter(module.model, folder, state_dict)
         if isinstance(self.loss, LearnedTemperatureLoss):
             self.loss.save(folder)

@@ -18,6 +18,9 @@ from .augment import augment_pictures
 from .mmeb import pairs_as_documents, pairs_as_inputs
 from .rows import ROW_COLUMNS
 
+# `datasets` would tell its makers of every file that is read otherwise.
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+
 FindFile = Callable[[str], str | os.PathLike]
 LAYOUTS = {"mmeb_train": {"reconstruction": pairs_as_documents, "contrastive": pairs_as_inputs}}
 ENTRY_OPTIONS = ("source", "variants", "augment")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -327,7 +328,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         save_adapter(self.model.model, folder, backbone_state)
         # Last what makes the folder a model: with it, all is there.
         model = merged(self.model.model, backbone_state)
-        save_cocoa(model, self.processing_class, folder, complete=self.complete_folder)
+        save_cocoa(model, self.processing_class, folder, complete=partial(self.complete_folder, target=folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         own = model if model is not None else self.model

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from enum import Enum
@@ -18,8 +20,10 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import CodeCarbonCallback
 
-from hub_cards.card_data import PICTURE, CocoaModelCardData, write_card
+from hub_cards.card_data import FIELDS_FILE, PICTURE, CocoaModelCardData, is_somebodys, write_card
 from hub_cards.training_record import StageRecord, read_records, write_records
+
+logger = logging.getLogger(__name__)
 
 LIBRARIES = ("cocoa-embed", "torch", "transformers", "sentence-transformers", "accelerate", "datasets", "peft")
 UNRELATED = (
@@ -81,7 +85,7 @@ class RunRecord:
 
     def complete_folder(self, folder: Path, trainer: Trainer, backbone: nn.Module, picture: Path | None) -> None:
         """
-        Write the record, the picture and the card into a folder that a model is saved to.
+        Write the record and the picture into a folder that a model is saved to.
 
         Args:
             folder (`Path`): With all that [`save_cocoa`] writes.
@@ -93,7 +97,23 @@ class RunRecord:
         content = picture.read_bytes() if picture is not None else self._picture
         if content is not None:
             (folder / PICTURE).write_bytes(content)
-        write_card(folder, self.card_data)
+
+    def write_card(self, folder: Path, target: Path) -> None:
+        """
+        Write the card of a folder that is made ready; what an author said or wrote where it goes to stays.
+
+        Args:
+            folder (`Path`), target (`Path`): As in [`~base.CocoaTrainerMixin.complete_folder`].
+        """
+        if (target / FIELDS_FILE).is_file():
+            shutil.copyfile(target / FIELDS_FILE, folder / FIELDS_FILE)
+        card = write_card(folder, self.card_data)
+        if is_somebodys(target / card.name):
+            card.unlink()
+            logger.warning(
+                "%s was not written by this package, and stays as it is: what it says of the training may be old.",
+                target / card.name,
+            )
 
     def of_stage(self, trainer: Trainer, backbone: nn.Module) -> StageRecord:
         """What the run knows of itself by now; see [`StageRecord`]."""

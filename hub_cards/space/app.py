@@ -28,7 +28,7 @@ from evaluation.assets import asset_path
 from evaluation.demo import BRIDGE_CHECKPOINT, CHECKPOINT
 from evaluation.encoders import label
 from hub_cards.space.index import Found, PictureSet, SearchIndex, read_prompts
-from hub_cards.space.rebuilding import Rebuilder
+from hub_cards.space.rebuilding import Rebuilder, can_rebuild
 from modeling_cocoa.heads import find_checkpoint_file
 from modeling_cocoa.inputs import CocoaInputError, load_image
 from modeling_cocoa.reconstruction import HEADS_FILE
@@ -171,7 +171,7 @@ def build_app(
     Args:
         model (`str` or `os.PathLike`): Folder or Hub name of the checkpoint to search with.
         rebuild_model (`str` or `os.PathLike`, *optional*): One that the bridge stage saved; by default `model`, where
-            it has the heads to rebuild with. Without either the page says what is missing.
+            it is one. Without either the page says what is missing.
         pictures (`str` or `os.PathLike`, *optional*): Folder to search, with or without a `metadata.csv` of the
             columns `file_name` and `text`; by default the emoji that come with this project.
 
@@ -179,7 +179,7 @@ def build_app(
         OSError, ValueError: a checkpoint or the folder cannot be read, or is of another kind.
     """
     rows = PictureSet.load(pictures)
-    if rebuild_model is None and find_checkpoint_file(model, HEADS_FILE) is not None:
+    if rebuild_model is None and can_rebuild(model):
         rebuild_model = model
     rebuilder = None if rebuild_model is None else Rebuilder.from_pretrained(rebuild_model)
     encoder = CocoaTransformer(model).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -278,9 +278,13 @@ def about_rebuilding(
     """What one looks at there, or what is missing."""
     title = "## What the `<EOS>` holds\n"
     if rebuilder is None:
+        reason = (
+            f"has no file `{HEADS_FILE}`, without which nothing can be rebuilt: only the reconstruction stages save it"
+            if find_checkpoint_file(model, HEADS_FILE) is None
+            else "was not trained last in the bridge stage, which alone teaches to rebuild from the `<EOS>`"
+        )
         return title + (
-            f"`{label(str(model))}` has no file `{HEADS_FILE}`, without which nothing can be rebuilt: only the "
-            "reconstruction stages save it. `cocoa train tiny` makes a checkpoint that has it, and "
+            f"`{label(str(model))}` {reason}. `cocoa train tiny` makes a checkpoint that can, and "
             "`cocoa app --rebuild-model runs/tiny/bridge/final` shows it here (on a Space: the variable "
             "`COCOA_REBUILD_MODEL`)."
         )

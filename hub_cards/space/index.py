@@ -81,6 +81,7 @@ class PictureSet:
             raise ValueError(f"{folder} holds no pictures that can be listed: {error}") from error
         pictures = list(rows.cast_column("image", Image(decode=False))["image"])
         captions = list(rows["text"]) if "text" in rows.column_names else [None] * len(pictures)
+        captions = [None if caption is None else str(caption) for caption in captions]  # of a column of numbers, too
         files = [os.path.relpath(picture["path"], folder) for picture in pictures]
         texts = list(dict.fromkeys(caption for caption in captions if caption and caption.strip()))
         return cls(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hub_cards.training_record import RECORD_FILE, read_records
+from hub_cards.training_record import RECORD_FILE, StageRecord, read_records
 from modeling_cocoa.attention import TARGET
 from modeling_cocoa.heads import find_checkpoint_file
 from modeling_cocoa.processing_cocoa import CocoaProcessor
@@ -49,6 +49,23 @@ class Rebuilt(NamedTuple):
     direction: str
     pictures: Versions | None
     texts: Versions | None
+
+
+def read_stages(name: str | os.PathLike) -> list[StageRecord]:
+    """
+    The stages that a checkpoint was trained in, the last one last; none where it has no record.
+
+    Args:
+        name (`str` or `os.PathLike`): Folder or Hub name.
+    """
+    record = find_checkpoint_file(name, RECORD_FILE)
+    return [] if record is None else read_records(Path(record).parent)
+
+
+def can_rebuild(name: str | os.PathLike) -> bool:
+    """Whether a checkpoint (a folder or a Hub name) is one that the bridge stage saved."""
+    stages = read_stages(name)
+    return find_checkpoint_file(name, HEADS_FILE) is not None and bool(stages) and stages[-1].stage == "bridge"
 
 
 class Rebuilder:
@@ -92,8 +109,7 @@ class Rebuilder:
                 f"{name} has no {HEADS_FILE}, which rebuilds: name a checkpoint that the bridge stage saved, such as "
                 "runs/tiny/bridge/final of `cocoa train tiny`."
             )
-        record = find_checkpoint_file(name, RECORD_FILE)
-        stages = [] if record is None else read_records(Path(record).parent)
+        stages = read_stages(name)
         if not stages or stages[-1].stage != "bridge":
             trained = f"was last trained in the stage {stages[-1].stage!r}" if stages else f"has no {RECORD_FILE}"
             raise ValueError(

@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models that are compared: what each is shown is the same, and what one cannot take is said."""
 
+import base64
+import io
+import json
+import re
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,6 +26,7 @@ from evaluation.assets import asset_path
 from evaluation.encoders import Encoder, check_item, picture
 from evaluation.mmeb import evaluate_model
 from evaluation.mmeb_data import Item
+from evaluation.mmeb_report import THUMBNAIL, render_image
 from modeling_cocoa import inputs
 from modeling_cocoa.inputs import CocoaInputError
 from tests.evaluation.conftest import ROWS, TASKS, TINY
@@ -128,6 +135,24 @@ def test_a_picture_of_any_kind_is_the_same_for_every_model(tmp_path):
     items = [image(path, "\nhi\n") for path in sorted(tmp_path.iterdir())]
     ours, stock = (Encoder(str(asset_path(TINY)), is_cocoa=is_cocoa)(items) for is_cocoa in (True, False))
     np.testing.assert_allclose(ours, stock, atol=1e-5)
+
+
+def test_a_page_shows_pictures_of_any_shape(tmp_path):
+    for size, shown in {(3, 50): THUMBNAIL, (8000, 30): THUMBNAIL, (200, 400): (72, 144)}.items():
+        Image.new("RGB", size, "red").save(tmp_path / "a.png")
+        html = render_image(image(tmp_path / "a.png"))
+        content = base64.b64decode(re.search(r"base64,([^\"]+)", html)[1])
+        assert Image.open(io.BytesIO(content)).size == shown
+
+
+def test_a_checkpoint_that_shortens_its_vectors_is_refused(tmp_path):
+    folder = shutil.copytree(asset_path(TINY), tmp_path / "model")
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncate_dim": 64}))
+    with pytest.raises(ValueError, match="shortens its vectors to 64 numbers: name it with --baseline"):
+        Encoder(str(folder))
+    vectors = Encoder(str(folder), is_cocoa=False)([Item(((None, "a cat"),))])
+    assert vectors.shape == (1, 64) and np.linalg.norm(vectors) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("size", [(3, 50), (2, 300), (27, 6000), (1, 1)])

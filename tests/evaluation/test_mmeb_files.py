@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets.load
 import pytest
 from datasets import Dataset
 
@@ -47,6 +48,15 @@ def test_both_formats_are_read_alike_and_parts_as_one(source):
     parts = read(folder)
     assert [parts.queries[row] for row in (0, 1, 2)] == [lines.queries[row] for row in (0, 0, 1)]
     assert parts.candidates == lines.candidates and len(parts.queries) == 3
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_files_are_read_without_telling_anybody(source, monkeypatch, ending):
+    def tell(*_, **__):
+        raise AssertionError("a request was made")
+
+    monkeypatch.setattr(datasets.load, "increase_load_count", tell)
+    assert len(read(source(ROWS["VOC2007"], ending)).queries) == 2
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 
 from evaluation.assets import asset_path
 from evaluation.demo import CHECKPOINT
-from hub_cards.training_record import read_records, write_records
+from hub_cards.training_record import StageRecord, read_records, write_records
 from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.reconstruction import HEADS_FILE
 from modeling_cocoa.sentence_transformer import CocoaTransformer
@@ -75,6 +75,8 @@ def test_a_folder_is_searched_with_its_texts_and_without(pictures, tmp_path):
     rows = PictureSet.load(tmp_path / "bare")
     assert (rows.names, rows.texts, rows.examples()) == (["inner/red.png"], [], [0])
     assert rows.picture(0).size == (512, 256), "scaled down for the page"
+    (tmp_path / "bare" / "metadata.csv").write_text("file_name,text\ninner/red.png,7\n")
+    assert PictureSet.load(tmp_path / "bare").texts == ["7"]
 
 
 def test_a_folder_that_holds_nothing_is_said(tmp_path):
@@ -262,6 +264,13 @@ def test_a_model_with_heads_needs_no_second_one(trainer, pictures):
     app = build_app(trainer.args.output_dir, pictures=pictures[0])
     assert component(app, "rebuild")["type"] == "button"
     assert "from that one token alone" in component(app, "about-rebuilding")["props"]["value"]
+
+
+def test_a_model_of_another_stage_searches_and_the_page_says_why_it_rebuilds_nothing(trainer, pictures, tmp_path):
+    folder = shutil.copytree(trainer.args.output_dir, tmp_path / "warmup")
+    write_records(folder, [StageRecord("warmup")])
+    about = component(build_app(folder, pictures=pictures[0]), "about-rebuilding")["props"]["value"]
+    assert "was not trained last in the bridge stage" in about
 
 
 def test_a_port_that_is_taken_is_said(pictures):

@@ -17,7 +17,8 @@ from evaluation.emoji_tasks import EMOJI_TASKS
 from evaluation.mmeb_scores import Scores, TaskScore
 from evaluation.vectors import weights_digest
 from hub_cards import CocoaModelCardData, write_card
-from hub_cards.card_data import stage_datasets, stage_table
+from hub_cards.card_data import model_index, stage_datasets, stage_table
+from hub_cards.doors import find_door_problems
 from hub_cards.results import add_result, read_results
 from hub_cards.training_record import StageRecord, write_records
 from modeling_cocoa.saving import save_cocoa
@@ -84,6 +85,9 @@ def test_what_the_author_said_is_kept_when_the_card_is_written_again(folder):
     again = card_of(folder)
     assert again.data.to_dict() == first.data.to_dict()
     assert again.text.count("Bats.") == 1 and "# Birds\n" in again.text
+    write_card(folder, CocoaModelCardData(license="mit"))
+    changed = card_of(folder)
+    assert changed.data.license == "mit" and changed.data.language == ["en", "de"] and "Bats." in changed.text
 
 
 def test_the_author_s_list_of_data_with_licences_is_kept(folder):
@@ -130,6 +134,42 @@ def test_results_are_those_of_these_weights(folder, tmp_path):
     assert read_results(folder) == [scores]
 
 
+def test_a_card_has_no_results_of_other_weights(folder, tmp_path):
+    scores_of(folder, tmp_path / "scores.json")
+    add_result(folder, tmp_path / "scores.json")
+    write_card(folder)
+    before = card_of(folder).content
+    model = CocoaTransformer(folder)
+    model.model.language_model.norm.weight.data += 1
+    save_cocoa(model.model, model.processor, folder)
+    with pytest.raises(ValueError, match=r"layout\.json was measured with other weights than those in the folder"):
+        write_card(folder)
+    assert card_of(folder).content == before
+
+
+def test_a_result_names_the_data_that_it_is_of(folder, tmp_path):
+    tasks = [TaskScore("VOC2007", "classification", True, 50.0, 50.0, 0, 60, 70, 55, 58, 100, 200, 300, 0)]
+    for source, named in (
+        ("ziyjiang/MMEB_Test_Instruct", "ziyjiang/MMEB_Test_Instruct"),
+        ("data/mmeb", "TIGER-Lab/MMEB-eval"),
+    ):
+        ((result,),) = (
+            index["results"]
+            for index in model_index("m", [Scores("MMEB-V1", "m", 1, {"data": {"source": source}}, tasks)])
+        )
+        assert result["dataset"]["type"] == named
+
+
+def test_vectors_that_the_folder_shortens_are_said(folder):
+    assert "192 numbers, of length 1; compared" in write_card(folder).read_text()
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncate_dim": 64}))
+    assert (
+        "64 numbers, the first of 192, of length 1 with `normalize_embeddings=True`" in write_card(folder).read_text()
+    )
+    assert find_door_problems(folder) == []
+
+
 def test_a_part_of_a_benchmark_is_no_score_of_it(folder, tmp_path):
     scores_of(folder, tmp_path / "scores.json", limit=10)
     add_result(folder, tmp_path / "scores.json")
@@ -157,7 +197,9 @@ def test_the_model_that_training_began_with_is_the_first_stage_s(folder):
 
 
 def test_tables_stay_whole_whatever_is_in_them():
-    table = stage_table([StageRecord("bridge", {"prompts": {"query": "a | b"}}), StageRecord("contrastive")])
+    table = stage_table(
+        [StageRecord("bridge", {"prompts": {"query": "a | b"}, "prompt": "a\nb"}), StageRecord("contrastive")]
+    )
     assert all(line.replace("\\|", "").count("|") == 4 for line in table.splitlines())
 
 

@@ -99,6 +99,14 @@ def break_head(folder) -> None:
     card.write_text(card.read_text().replace("tags:", "tags: [", 1))
 
 
+def other_weights(folder) -> None:
+    """Results that are of another model."""
+    path = next((folder / "evaluation").glob("*.json"))
+    scores = json.loads(path.read_text())
+    scores["settings"]["weights"] = "0" * 64
+    path.write_text(json.dumps(scores))
+
+
 def write(name: str, content: str):
     """A file with a content."""
     return lambda folder: (folder / name).write_text(content)
@@ -140,6 +148,12 @@ WRONG = {
     ),
     "Windows path": (add_to("README.md", "\nC:\\Users\\me\\runs\n"), r"looks like a path of this machine"),
     "token": (add_to("README.md", "\nhf_" + "a1B2" * 9), r"line \d+: looks like a Hub token"),
+    "path in an address": (
+        add_to("README.md", "\nSee file:///home/someone/runs\n"),
+        r"'/home/someone' looks like a path",
+    ),
+    "link": (lambda folder: (folder / "a.json").symlink_to("nowhere.json"), r"a\.json is a link to nothing"),
+    "results": (other_weights, r"evaluation/.*\.json was measured with other weights .*: remove it and its chart"),
     "record": (write("training.json", "{}"), r"training\.json does not hold the stages"),
 }
 
@@ -156,6 +170,7 @@ def test_a_dry_run_rejects_what_is_not_fit(folder, case):
 
 
 def test_a_dry_run_lists_what_would_be_uploaded(hub, folder, without_doors):
+    (folder / "LICENSE").write_text("Apache License")
     count = len(contents(folder))
     (folder / ".partial-model.safetensors").write_text("left by a killed process")
     printed = push(folder, dry_run=True)
@@ -291,6 +306,19 @@ def test_a_space_is_pushed_whole_with_the_names_of_its_models(api, hub):
     head = SpaceCard(files["README.md"].decode()).data
     assert (head.sdk, head.app_file, head.models) == ("gradio", "app.py", [NAME])
     assert not [name for name in files if "__pycache__" in name or name.endswith((".pyc", ".safetensors"))]
+
+
+def test_a_space_that_tells_too_much_is_not_pushed(hub, monkeypatch):
+    written = hub_cards.push.write_space
+
+    def write_and_add(folder, **options):
+        written(folder, **options)
+        (folder / "trainers" / "recipes" / "mine.yaml").write_text("image_dir: /home/someone/pictures\n")
+
+    monkeypatch.setattr(hub_cards.push, "write_space", write_and_add)
+    with pytest.raises(FolderError, match=r"mine\.yaml, line 1: '/home/someone' looks like a path"):
+        push_space("org/search", model=NAME, console=Console(file=io.StringIO()))
+    assert hub.requests == []
 
 
 def test_a_folder_that_is_none(tmp_path):

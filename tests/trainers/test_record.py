@@ -93,6 +93,27 @@ def test_the_time_of_a_run_that_was_resumed_is_not_known(tmp_path, emoji):
     assert record.steps == 2 and record.seconds is None
 
 
+def test_a_save_keeps_what_an_author_wrote_there(tmp_path, emoji, caplog):
+    args = CocoaReconstructionConfig(str(tmp_path / "run"), stage="warmup", per_device_train_batch_size=4, **COMMON)
+    trainer = CocoaReconstructionTrainer(
+        str(ROOT / "checkpoints" / "cocoa-tiny"),
+        args,
+        train_dataset=emoji.select_columns(["image", "text"]),
+        card_data=CocoaModelCardData(language="en"),
+    )
+    folder = tmp_path / "final"
+    trainer.save_model(str(folder))
+    (folder / "card.yaml").write_text("license: mit\n")
+    trainer.save_model(str(folder))
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit" and card.data.language in ("en", ["en"])
+    assert "license: mit" in (folder / "card.yaml").read_text()
+    (folder / "README.md").write_text("# My own words\n")
+    trainer.save_model(str(folder))
+    assert (folder / "README.md").read_text() == "# My own words\n"
+    assert "README.md was not written by this package, and stays as it is" in caplog.text
+
+
 def test_a_record_that_is_none_is_named(tmp_path):
     assert read_records(tmp_path) == []
     for content in ("no JSON", json.dumps({"stages": [{"step": 3}]}), json.dumps([])):
