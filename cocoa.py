@@ -146,7 +146,7 @@ def mine(
         args = stage_arguments(settings, "contrastive")
         prompts_for_variants(args, list(pairs))
         prompts = column_prompts(args, pairs)
-        encoder = load_encoder(model, **args.processor_options())
+        encoder = load_encoder(model, processor=args.load_processor(model))
         output_dir.mkdir(parents=True, exist_ok=True)
         for name, dataset in pairs.items():
             own = prompts_of(prompts, name)

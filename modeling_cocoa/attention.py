@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flex_attention_mask
 
@@ -105,25 +105,6 @@ def collaborative_mask(segment_ids: Tensor, sample_ids: Tensor | None = None) ->
     )
 
 
-def collaborative_block_mask(segment_ids: Tensor, sample_ids: Tensor | None = None) -> BlockMask:
-    """
-    Block form of the mask, for flex attention. Arguments as in [`collaborative_mask`].
-
-    Returns:
-        `BlockMask` over `(batch, heads (broadcast), tokens, tokens)`.
-    """
-    if sample_ids is None:
-        sample_ids = torch.zeros_like(segment_ids)
-
-    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return is_visible(
-            sample_ids[batch, query], sample_ids[batch, key], segment_ids[batch, query], segment_ids[batch, key]
-        )
-
-    batch, tokens = segment_ids.shape
-    return create_block_mask(mask_mod, B=batch, H=None, Q_LEN=tokens, KV_LEN=tokens, device=str(segment_ids.device))
-
-
 def packed_block_mask(segment_ids: Tensor, sample_ids: Tensor, block: int = 128) -> BlockMask:
     """
     Block form of the mask of one packed row, made from what each block of tokens holds: never tokens x tokens.
@@ -161,9 +142,9 @@ def packed_block_mask(segment_ids: Tensor, sample_ids: Tensor, block: int = 128)
 
 def attention_mask_for(
     attn_implementation: str, segment_ids: Tensor, sample_ids: Tensor | None, dtype: torch.dtype
-) -> Tensor | BlockMask:
+) -> Tensor:
     """
-    The mask in the form that a backend's layers take.
+    The mask in the form that a backend's stock layers take on a padded batch.
 
     Args:
         attn_implementation (`str`): The text model's `config._attn_implementation`.
@@ -171,13 +152,11 @@ def attention_mask_for(
         dtype (`torch.dtype`): Of the hidden states; eager attention adds its mask to the scores.
 
     Returns:
-        bool mask for `sdpa`, additive mask for `eager`, `BlockMask` for flex attention.
+        bool mask for `sdpa`, additive mask for `eager`.
 
     Raises:
-        ValueError: the backend cannot express the mask (flash attention is causal or full, nothing between).
+        ValueError: the backend takes no such mask.
     """
-    if attn_implementation == FLEX_ATTENTION:
-        return collaborative_block_mask(segment_ids, sample_ids)
     mask = collaborative_mask(segment_ids, sample_ids)
     # A softmax over nothing is NaN: a padding token looks at itself. Nobody looks at it.
     itself = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
@@ -187,6 +166,6 @@ def attention_mask_for(
     if attn_implementation == "eager":
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     raise ValueError(
-        f"attn_implementation={attn_implementation!r} cannot express collaborative attention. "
-        f"Load the model with 'sdpa', 'eager' or {FLEX_ATTENTION!r}."
+        f"There is no mask of a padded batch for attn_implementation={attn_implementation!r}: load the model with "
+        "'sdpa' or 'eager'."
     )

@@ -273,7 +273,7 @@ def load_image(value: Any, size: tuple[int, int] | None = None) -> Image.Image:
     except Exception as error:  # decoders raise what they like
         raise CocoaInputError(f"{name} is corrupt ({_reason(error)}); mend or drop it.") from error
     upright = _eight_bits(upright, name)
-    upright = upright.convert("RGB") if is_file else upright
+    upright = upright.convert("RGB") if is_file or size is not None else upright
     return upright if size is None else upright.resize(size)
 
 

@@ -54,7 +54,7 @@ class CocoaModelOutput(ModelOutput):
 
     Args:
         last_hidden_state (`Tensor` of shape `(batch, tokens, hidden)`, *optional*): After the last norm; padding is
-            zero. `None` with `eos_only`.
+            zero, but with `eager` attention. `None` with `eos_only`.
         pooler_output (`Tensor` of shape `(batch, hidden)`): Unit-norm EOS embeddings.
     """
 

@@ -8,6 +8,7 @@ the backbone shares or the generative checkpoint brings).
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from .heads import ImageDecoder, find_checkpoint_file, read_lm_head
 from .layers import merged_rotary
 from .losses import masked_token_loss, normalize_patches
 from .packing import pack
+
+logger = logging.getLogger(__name__)
 
 HEADS_FILE = "reconstruction.safetensors"
 """File beside the weights of a pre-training checkpoint that holds the heads."""
@@ -178,6 +181,13 @@ class CocoaForReconstruction(nn.Module):
         )
         heads_file = find_checkpoint_file(pretrained_model_name_or_path, HEADS_FILE, **kwargs)
         heads = {} if heads_file is None else load_file(heads_file)
+        if not heads and backbone.cocoa.mask_token_id is not None:
+            logger.warning(
+                "%s was pre-trained, but there is no %s with it (or it could not be fetched): new heads begin at "
+                "random.",
+                pretrained_model_name_or_path,
+                HEADS_FILE,
+            )
         lm_head = heads.get("lm_head.weight", lm_head)
         if lm_head is None and not backbone.config.tie_word_embeddings:
             raise ValueError(
@@ -277,7 +287,8 @@ class CocoaForReconstruction(nn.Module):
         inputs_embeds = backbone.get_input_embeddings()(input_ids)
         touched = []
         if touch_all and (pixel_values is None or (image_is_target is not None and bool(image_is_target.all()))):
-            touched.append(backbone.touch_vision())
+            # Into the inputs, as an image's features go: the backward pass has the order of one with images.
+            inputs_embeds = inputs_embeds + (0.0 * backbone.touch_vision()).to(inputs_embeds)
         if pixel_values is not None:
             features = self._image_features(pixel_values, image_grid_thw, image_is_target).to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(image_tokens[..., None], features)
@@ -377,7 +388,7 @@ class CocoaForReconstruction(nn.Module):
         return {"packing": pack(segment_ids)}
 
     def _read(self, inputs_embeds: Tensor, positions: Tensor, attention: dict[str, Any]) -> Tensor:
-        """Final hidden states of rows under collaborative attention; padding is zero."""
+        """Final hidden states of rows under collaborative attention; of padding, they mean nothing."""
         if (packing := attention.get("packing")) is not None:
             packed = inputs_embeds.flatten(0, 1)[packing.index]
             hidden = self.model.run_layers(packed, positions.flatten(1)[:, packing.index], packing)

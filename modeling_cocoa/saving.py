@@ -64,7 +64,7 @@ def save_cocoa(
         model: A CoCoA backbone, or a `SentenceTransformer` that holds one, whose prompts, `truncate_dim` and
             `similarity_fn_name` are then kept.
         processor ([`CocoaProcessor`], *optional*): By default that of the `SentenceTransformer`. Its own `prompt`, if
-            it has one, is saved as the prompt "default", used where none is asked for.
+            it has one, is saved as the prompt "default", which `encode` uses where none is asked for.
         folder (`str` or `os.PathLike`): Where to.
         modules (`"stock"` or `"cocoa"`): The modules that the folder names: sentence-transformers' own, which load
             without remote code, or [`CocoaTransformer`], which needs `trust_remote_code=True`.
@@ -287,10 +287,10 @@ def _move_into(staging: Path, folder: Path) -> None:
     files = [path for path in staging.rglob("*") if path.is_file()]
     # Whole weights left beside new shards, or shards of another number, would be loaded instead of them.
     stale = {path for pattern in WEIGHT_FILES for path in folder.glob(pattern) if not (staging / path.name).exists()}
+    # Whoever is cut off in here leaves a folder that does not load, not one of two models' files.
+    for old in (folder / "modules.json", *stale):
+        old.unlink(missing_ok=True)
     for path in sorted(files, key=lambda path: (path.name == "modules.json", path)):
-        if path.name == "modules.json":
-            for old in stale:
-                old.unlink()
         target = folder / path.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)

@@ -79,7 +79,8 @@ class CocoaTransformer(InputModule):
         processor_kwargs (`dict`, *optional*): For [`CocoaProcessor.from_pretrained`].
 
     Raises:
-        ValueError: the checkpoint is of another kind of model; a backbone came without its processor.
+        ValueError: the checkpoint is of another kind of model; a backbone came without its processor; sizes were given
+            beside a processor.
     """
 
     save_in_root = True
@@ -96,6 +97,13 @@ class CocoaTransformer(InputModule):
         processor_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        sizes = {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_length": max_length}
+        given = [name for name, size in sizes.items() if size is not None]
+        if processor is not None and (given or processor_kwargs):
+            raise ValueError(
+                f"{given or list(processor_kwargs)} would change a processor that is loaded, and one was given: load "
+                "it so with CocoaProcessor.from_pretrained."
+            )
         if isinstance(model_name_or_path, PreTrainedModel):
             if processor is None:
                 raise ValueError("Give `processor` (a CocoaProcessor) together with a backbone in memory.")
@@ -103,7 +111,6 @@ class CocoaTransformer(InputModule):
         else:
             self.model = load_backbone(model_name_or_path, **(model_kwargs or {}))
         if processor is None:
-            sizes = {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_length": max_length}
             options = {**sizes, **(processor_kwargs or {})}
             processor = CocoaProcessor.from_pretrained(model_name_or_path, **options)
         self.processor = processor
@@ -189,11 +196,12 @@ class CocoaTransformer(InputModule):
             if "video_grid_thw" in inputs:
                 columns = torch.arange(seconds.shape[1], device=seconds.device)
                 inputs["second_per_grid_ts"] = seconds[columns < videos.to(device)[:, None]]
-        touched = None
         if self.touch_all and "pixel_values" not in inputs and "pixel_values_videos" not in inputs:
-            touched = self.model.touch_vision()
-        embeddings = self.model(**inputs, eos_only=True).pooler_output
-        features["sentence_embedding"] = embeddings if touched is None else embeddings + 0 * touched.to(embeddings)
+            # Into the inputs, as an image's features go: the backward pass has the order of one with images.
+            touched = 0.0 * self.model.touch_vision()
+            embeds = self.model.get_input_embeddings()(inputs["input_ids"])
+            inputs["inputs_embeds"] = embeds + touched.to(embeds)
+        features["sentence_embedding"] = self.model(**inputs, eos_only=True).pooler_output
         return Features(features, lambda: self.model(**inputs).last_hidden_state)
 
     def encode(

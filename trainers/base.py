@@ -24,6 +24,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from hub_cards.push import push_model
+from modeling_cocoa.checkpoint_files import check_is_there
+from modeling_cocoa.processing_cocoa import CocoaProcessor
 
 from .adapters import PARTS
 from .checkpoints import last_checkpoint
@@ -32,7 +34,7 @@ from .progress import LossProgressCallback
 from .record import RunRecord
 
 MAX_LENGTH = 1280
-"""Tokens of an input where none are asked for and no processor is given."""
+"""Most tokens of an input where none are asked for and no processor is given."""
 
 
 @dataclass
@@ -43,7 +45,7 @@ class SharedOptions:
         default=None,
         metadata={
             "help": "Longest input (in the bridge: source or target), in tokens; text is cut, images never. By "
-            f"default {MAX_LENGTH}, or what a processor that is given has."
+            f"default the checkpoint's, {MAX_LENGTH} at most, or what a processor that is given has."
         },
     )
     min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to this many pixels."})
@@ -78,13 +80,32 @@ class SharedOptions:
             )
         super().__post_init__()
 
-    def processor_options(self) -> dict[str, int | None]:
-        """Arguments of [`CocoaProcessor.from_pretrained`]."""
-        return {
-            "min_pixels": self.min_pixels,
-            "max_pixels": self.max_pixels,
-            "max_length": self.max_length or MAX_LENGTH,
-        }
+    def load_processor(self, name: str | os.PathLike, **kwargs: Any) -> CocoaProcessor:
+        """
+        A checkpoint's processor, with the sizes that are asked for.
+
+        Args:
+            name (`str` or `os.PathLike`): Folder or Hub name.
+            kwargs: Further ones of [`CocoaProcessor.from_pretrained`].
+
+        Raises:
+            FileNotFoundError: the name is the path of a folder that is not there.
+        """
+        check_is_there(os.fspath(name))
+        sizes = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, "max_length": self.max_length}
+        processor = CocoaProcessor.from_pretrained(name, **sizes, **kwargs)
+        if self.max_length is None:
+            processor.tokenizer.model_max_length = min(processor.max_length, MAX_LENGTH)
+        return processor
+
+
+def check_devices(args: TrainingArguments) -> None:
+    """Raise `ValueError` where transformers would share each batch out over several GPUs, which cuts pixels apart."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are in sight of one process: start one for each with `accelerate launch`, or show it "
+            "a single one with CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def check_choices(options: Any, *names: str) -> None:

@@ -123,7 +123,9 @@ class ReconstructionCollator:
         if self.stage == "bridge" and not any(self.direction_weights.values()):
             raise ValueError("direction_weights are all 0: there is no direction to train.")
         tokenizer = self.processor.tokenizer
-        self._header = len(tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"])
+        frame = tokenizer("<|im_start|>user\n", add_special_tokens=False, return_tensors="pt")
+        self._header_ids = frame["input_ids"][0]
+        self._header = len(self._header_ids)
         self._frame = self._header + 1  # and the EOS
         self._special = torch.tensor(sorted(set(tokenizer.get_added_vocab().values())))
 
@@ -156,23 +158,36 @@ class ReconstructionCollator:
         generator = np.random.default_rng(row["seed"])
         if self.stage == "warmup":
             source = self._segment(
-                parts, generator, text_ratio=self.text_mask_ratio, image_ratio=self.image_mask_ratio
+                self._encode(parts), generator, text_ratio=self.text_mask_ratio, image_ratio=self.image_mask_ratio
             )
             return checked(Example(WARMUP, source, row=row.get("index")))
         direction = self._draw_direction({part["type"] for part in parts}, generator)
-        source_kinds, target_kinds = DIRECTIONS[direction]
-        source = self._segment(choose_parts(parts, source_kinds), generator, text_ratio=self.source_mask_ratio)
-        target = self._segment(
-            choose_parts(parts, target_kinds), generator, text_ratio=self.target_mask_ratio, image_ratio=1.0
-        )
+        source, target = (self._encode(choose_parts(parts, kinds)) for kinds in DIRECTIONS[direction])
+        return self._bridge_example(direction, source, target, generator, row)
+
+    def _bridge_example(
+        self,
+        direction: str,
+        encoded_source: Mapping[str, Tensor],
+        encoded_target: Mapping[str, Tensor],
+        generator: np.random.Generator,
+        row: Mapping[str, Any],
+    ) -> Example:
+        source = self._segment(encoded_source, generator, text_ratio=self.source_mask_ratio)
+        target = self._segment(encoded_target, generator, text_ratio=self.target_mask_ratio, image_ratio=1.0)
         # A target has neither the template's header nor an EOS of its own.
+        if not torch.equal(target.input_ids[: self._header].cpu(), self._header_ids):
+            raise CocoaInputError(
+                f"its images leave no room for the {self._frame} tokens around a message within max_length="
+                f"{self.processor.max_length}; raise max_length, or lower max_pixels."
+            )
         target.input_ids = target.input_ids[self._header : -1]
         target.labels = target.labels[self._header : -1]
         return checked(Example(direction, source, target, row.get("index")))
 
     def check(self, row: Mapping[str, Any]) -> None:
         """
-        Read a row whole, also what the direction that is drawn for it this time leaves out.
+        Read a row whole, and make of it every example that it can become.
 
         Raises:
             CocoaInputError: it cannot be trained on.
@@ -181,7 +196,16 @@ class ReconstructionCollator:
         for part in parts:
             if part["type"] == "image":
                 part["image"] = load_image(opened(part["image"]))
-        self._example(parts, row)
+        if self.stage == "warmup":
+            self._example(parts, row)
+            return
+        generator = np.random.default_rng(row["seed"])
+        directions = self._possible_directions({part["type"] for part in parts})
+        needed = {kinds for direction in directions for kinds in DIRECTIONS[direction]}
+        encoded = {kinds: self._encode(choose_parts(parts, kinds)) for kinds in needed}
+        for direction in directions:
+            source, target = (encoded[kinds] for kinds in DIRECTIONS[direction])
+            self._bridge_example(direction, source, target, generator, row)
 
     def count_tokens(self, image: int, text: int, seed: Any) -> int:
         """
@@ -202,26 +226,34 @@ class ReconstructionCollator:
         return self._frame + sum(of[kind] for kind in (*source, *target))
 
     def _draw_direction(self, kinds: set[str], generator: np.random.Generator) -> str:
-        possible = {
-            name: self.direction_weights.get(name, 0.0)
-            for name, (source, target) in DIRECTIONS.items()
-            if set(source) | set(target) <= kinds
-        }
+        possible = self._possible_directions(kinds)
         total = sum(possible.values())
-        if not total:
-            raise CocoaInputError(f"it has only {sorted(kinds)}, which no direction with a weight above 0 can use.")
         return str(generator.choice(list(possible), p=[weight / total for weight in possible.values()]))
+
+    def _possible_directions(self, kinds: set[str]) -> dict[str, float]:
+        """Those that a row with such parts can serve, with their weights."""
+        possible = {
+            name: self.direction_weights[name]
+            for name, (source, target) in DIRECTIONS.items()
+            if set(source) | set(target) <= kinds and self.direction_weights.get(name)
+        }
+        if not possible:
+            raise CocoaInputError(f"it has only {sorted(kinds)}, which no direction with a weight above 0 can use.")
+        return possible
+
+    def _encode(self, parts: list[Part]) -> dict[str, Tensor]:
+        """One message of the parts, as the processor encodes it."""
+        content = [{**part, "image": opened(part["image"])} if part["type"] == "image" else part for part in parts]
+        return self.processor.encode([[{"role": "user", "content": content}]], prompt="")[0]
 
     def _segment(
         self,
-        parts: list[Part],
+        encoded: Mapping[str, Tensor],
         generator: np.random.Generator,
         *,
         text_ratio: float,
         image_ratio: float | None = None,
     ) -> Segment:
-        content = [{**part, "image": opened(part["image"])} if part["type"] == "image" else part for part in parts]
-        encoded = self.processor.encode([[{"role": "user", "content": content}]], prompt="")[0]
         ids = encoded["input_ids"]
         maskable = ~torch.isin(ids, self._special)
         maskable[: self._header] = False

@@ -10,6 +10,9 @@ from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchS
 
 from .base import SharedOptions, check_choices
 
+SMALLEST_TEMPERATURE = 0.01
+"""Of a learned one; as in CLIP (arXiv 2103.00020, section 2.5)."""
+
 
 @dataclass
 class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments):
@@ -97,10 +100,17 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
         },
     )
     query_prompt: str | None | dict[str, str] = field(
-        default=None, metadata={"help": "Instruction before queries (a system message): one, or by dataset."}
+        default=None,
+        metadata={
+            "help": "Instruction before queries (a system message): one, which `encode_query` of the saved model "
+            "uses too, or by dataset."
+        },
     )
     target_prompt: str | None | dict[str, str] = field(
-        default=None, metadata={"help": "Instruction before positives and negatives: one, or by dataset."}
+        default=None,
+        metadata={
+            "help": "Instruction before positives and negatives: one, which `encode_document` uses too, or by dataset."
+        },
     )
     image_resolution: str | None = field(
         default=None,
@@ -125,6 +135,11 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0; got {self.temperature}.")
+        if self.learnable_temperature and self.temperature < SMALLEST_TEMPERATURE:
+            raise ValueError(
+                f"A learned temperature is never below {SMALLEST_TEMPERATURE}, where it would begin; got "
+                f"{self.temperature}."
+            )
         for name in ("mini_batch_size", "mini_batch_num_tokens", "early_stopping_patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}.")

@@ -24,12 +24,10 @@ from torch import Tensor, nn
 
 from modeling_cocoa.files import written_whole
 
-from .contrastive_config import CocoaContrastiveConfig
+from .contrastive_config import SMALLEST_TEMPERATURE, CocoaContrastiveConfig
 
 TEMPERATURE_FILE = "temperature.safetensors"
 """File of a checkpoint that holds a learned temperature, to go on from."""
-SMALLEST_TEMPERATURE = 0.01
-"""Of a learned one; as in CLIP (arXiv 2103.00020, section 2.5)."""
 TIE = 1e-6
 """Cosines that differ by less count as equal."""
 

@@ -194,16 +194,27 @@ def check_equal_rows(dataset: Any, args: CocoaContrastiveConfig, why: str) -> No
             f"With {why} all processes need equally many rows: a bad one cannot be skipped during training. Set "
             "check_data=True, and bad rows are left out before the first step."
         )
-    if isinstance(dataset, dict) and not args.task_homogeneous:
-        if len({len(part.column_names) for part in dataset.values()}) > 1:
-            raise ValueError(
-                f"With {why} and task_homogeneous=False all datasets need the same number of negatives; set "
-                "num_hard_negatives."
-            )
-        if not args.dataloader_drop_last:
-            raise ValueError(
-                f"With {why} and task_homogeneous=False all batches need the same size; set dataloader_drop_last=True."
-            )
+    check_equal_columns(dataset, args, why)
+    if isinstance(dataset, dict) and not args.task_homogeneous and not args.dataloader_drop_last:
+        raise ValueError(
+            f"With {why} and task_homogeneous=False all batches need the same size; set dataloader_drop_last=True."
+        )
+
+
+def check_equal_columns(dataset: Any, args: CocoaContrastiveConfig, why: str) -> None:
+    """
+    Raise `ValueError` where processes that wait for one another would have different numbers of columns.
+
+    Args:
+        dataset, args, why: As in [`check_equal_rows`].
+    """
+    if args.world_size == 1 or args.task_homogeneous or not isinstance(dataset, dict):
+        return
+    if len({len(part.column_names) for part in dataset.values()}) > 1:
+        raise ValueError(
+            f"With {why} and task_homogeneous=False all datasets need the same number of negatives; set "
+            "num_hard_negatives."
+        )
 
 
 def prompts_of(prompts: Any, dataset: str | None) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict
 from peft import PeftConfig
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.losses.gradcache import uses_gradient_cache
+from sentence_transformers.base.losses.merged_forward import column_merging_disabled
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
@@ -26,15 +27,17 @@ from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 from .adapters import below, load_checkpoint, merged, prepare_parts, save_adapter
-from .base import CocoaTrainerMixin, check_sizes, whole_weights
+from .base import CocoaTrainerMixin, check_devices, check_sizes, whole_weights
 from .contrastive_config import CocoaContrastiveConfig
 from .contrastive_losses import LearnedTemperatureLoss, contrastive_loss
 from .contrastive_rows import (
     ContrastiveCollator,
     check_columns,
+    check_equal_columns,
     check_equal_rows,
     check_evaluation,
     column_prompts,
+    prompts_of,
     readable_rows,
     with_negatives,
 )
@@ -83,6 +86,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         card_data: CocoaModelCardData | None = None,
     ) -> None:
         args = args if args is not None else CocoaContrastiveConfig(output_dir="cocoa-contrastive")
+        check_devices(args)
         # Before adapters are drawn, so that the same seed is the same run.
         set_seed(args.seed)
         self._evaluates = False
@@ -95,9 +99,8 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         elif not isinstance(model, SentenceTransformer):
             # In float32 whatever the checkpoint holds: small steps are lost in bfloat16 weights.
             with whole_weights(args):
-                module = CocoaTransformer(
-                    model, processing_class, **args.processor_options(), model_kwargs={"dtype": torch.float32}
-                )
+                processor = processing_class if processing_class is not None else args.load_processor(model)
+                module = CocoaTransformer(model, processor, model_kwargs={"dtype": torch.float32})
             model = SentenceTransformer(modules=[module])
         if len(model) != 1 or not isinstance(model[0], CocoaTransformer):
             raise ValueError(
@@ -121,6 +124,11 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         if args.gather_across_devices:
             check_equal_rows(train_dataset, args, "gather_across_devices")
         args.prompts = column_prompts(args, train_dataset if train_dataset is not None else eval_dataset)
+        # Saved for encode_query and encode_document, where they are the same for all datasets.
+        own, default_prompt = prompts_of(args.prompts, None), None if args.prompts else model[0].processor.prompt
+        for name, column in (("query", "query"), ("document", "positive")):
+            if prompt := own.get(column, default_prompt):
+                model.prompts[name] = prompt
         collator = ContrastiveCollator(
             model.preprocess,
             prompts=args.prompts,
@@ -139,7 +147,11 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             if eval_dataset is None:
                 raise ValueError("evaluate_retrieval needs an eval_dataset.")
             evaluator = retrieval_evaluator(
-                eval_dataset, args.prompts, args.per_device_eval_batch_size, collator.image_size
+                eval_dataset,
+                args.prompts,
+                args.per_device_eval_batch_size,
+                collator.image_size,
+                default_prompt=default_prompt,
             )
         if args.early_stopping_patience is not None:
             callbacks = [*(callbacks or []), EarlyStoppingCallback(args.early_stopping_patience)]
@@ -155,6 +167,12 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             optimizers=optimizers,
         )
         self.check_sharding()
+        if (
+            self.is_fsdp_enabled
+            and (plugin := self.accelerator.state.fsdp_plugin).transformer_cls_names_to_wrap is None
+        ):
+            # sentence-transformers names no layers, and the whole model would be gathered at once.
+            plugin.transformer_cls_names_to_wrap = sorted(self.backbone._no_split_modules)
         self.show_losses()
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
@@ -251,7 +269,11 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             FloatingPointError: it is no number; names the step and the queries.
         """
         queries = inputs["query_input_ids"]
-        result = super().compute_loss(model, inputs, *args, **kwargs)
+        # Columns that are encoded alike are merged into one pass, which a process decides by what its rows hold: where
+        # weights are gathered in each pass, one that makes fewer would wait for the others for ever.
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        with column_merging_disabled() if is_sharded else nullcontext():
+            result = super().compute_loss(model, inputs, *args, **kwargs)
         if self.model.training:
             loss = result[0] if isinstance(result, tuple) else result
             self.check_loss(loss, lambda: self.model.tokenizer.batch_decode(queries, skip_special_tokens=True))
@@ -264,7 +286,8 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the number of rows left out, and a learned temperature, to a training log."""
         if "loss" in logs and self.data_collator.on_bad_sample == "skip":
-            logs["skipped_rows"] = self._skipped_rows
+            skipped = torch.tensor(self._skipped_rows, device=self.accelerator.device)
+            logs["skipped_rows"] = int(self.accelerator.reduce(skipped, reduction="sum"))
         if "loss" in logs and isinstance(self.loss, LearnedTemperatureLoss):
             logs["temperature"] = self.loss.temperature.item()
         super().log(logs, *args, **kwargs)
@@ -280,6 +303,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         if self.args.learnable_temperature:
             raise ValueError("A learned temperature is not among the weights that FSDP and DeepSpeed share out.")
         if not uses_gradient_cache(self.loss):
+            check_equal_columns(self.train_dataset, self.args, "shared weights")
             return
         if self.is_deepspeed_enabled:
             raise ValueError(

@@ -45,9 +45,12 @@ def mix_datasets(
     is_streamed = any(isinstance(part, IterableDataset) for part in parts.values())
     chosen: list[Any] = []
     for name, part in parts.items():
-        columns = [column for column in ROW_COLUMNS if column in (part.column_names or [])]
+        known = part.column_names
+        if known is None:  # of a stream, whose rows alone tell
+            known = list(next(iter(part.take(1)), {}))
+        columns = [column for column in ROW_COLUMNS if column in known]
         if not columns:
-            raise ValueError(f"Dataset {name!r} needs a column of {list(ROW_COLUMNS)}; it has {part.column_names}.")
+            raise ValueError(f"Dataset {name!r} needs a column of {list(ROW_COLUMNS)}; it has {known}.")
         part = with_image_columns(part.select_columns(columns))
         chosen.append(part.to_iterable_dataset() if is_streamed and isinstance(part, Dataset) else part)
     if len(chosen) == 1:

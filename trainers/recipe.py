@@ -20,7 +20,6 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hub_cards.card_data import CocoaModelCardData
 from modeling_cocoa.auto import load_backbone
-from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.reconstruction import CocoaForReconstruction
 
 from .base import whole_weights
@@ -297,7 +296,7 @@ def load_model(recipe: Recipe, model_path: str | None, args: Any, find_file: Fin
         model = load_backbone(name, **options)
     else:
         model = CocoaForReconstruction.from_pretrained(name, **args.head_options(), **options)
-    return model, CocoaProcessor.from_pretrained(name, **args.processor_options(), **hub), get_peft_config(config)
+    return model, args.load_processor(name, **hub), get_peft_config(config)
 
 
 def check_options(what: str, function: Callable[..., Any], **options: Any) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,6 +94,12 @@ class CocoaReconstructionConfig(SharedOptions, TrainingArguments):
         for name in ("text_mask_ratio", "image_mask_ratio", "source_mask_ratio", "target_mask_ratio"):
             check_ratio(name, getattr(self, name))
         check_choices(self, "stage", "bridge", "image_mask_fill")
+        for name in ("dataset_weights", "direction_weights"):
+            if isinstance(value := getattr(self, name), str):  # of a command line
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name} must be a JSON object of names and weights; got {value!r}.") from error
         if self.per_device_train_batch_tokens is not None and self.per_device_train_batch_tokens < 1:
             raise ValueError(
                 f"per_device_train_batch_tokens must be 1 or more; got {self.per_device_train_batch_tokens}."

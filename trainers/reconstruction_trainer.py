@@ -33,7 +33,7 @@ from modeling_cocoa.reconstruction import (
 from modeling_cocoa.saving import save_cocoa
 
 from .adapters import below, load_checkpoint, load_weights, merged, prepare_parts, save_adapter
-from .base import CocoaTrainerMixin, check_sizes, whole_weights
+from .base import CocoaTrainerMixin, check_devices, check_sizes, whole_weights
 from .batching import TokenBatchSampler, count_row_tokens
 from .collators import ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
 from .datasets import EpochSampler, ReconstructionDataset, check_rows, mix_datasets
@@ -88,6 +88,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         card_data: CocoaModelCardData | None = None,
     ) -> None:
         args = args if args is not None else CocoaReconstructionConfig(output_dir="cocoa-reconstruction")
+        check_devices(args)
         # Before the heads are drawn, so that the same seed is the same run.
         set_seed(args.seed)
         if isinstance(model, (str, os.PathLike)):
@@ -97,7 +98,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             with whole_weights(args):
                 model = CocoaForReconstruction.from_pretrained(name, dtype=torch.float32, **args.head_options())
             if processing_class is None:
-                processing_class = CocoaProcessor.from_pretrained(name, **args.processor_options())
+                processing_class = args.load_processor(name)
         elif isinstance(model, CocoaModelMixin):
             model = CocoaForReconstruction(model, **args.head_options())
         if processing_class is None:
@@ -126,6 +127,9 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             train_dataset = mix_datasets(train_dataset, args.dataset_weights, args.seed)
         if isinstance(eval_dataset, IterableDataset):
             raise ValueError("eval_dataset cannot be streamed: the same rows are read at every evaluation.")
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if not isinstance(dataset, (Dataset, IterableDataset, type(None))):
+                raise ValueError(f"{name} is a {type(dataset).__name__}; give a Dataset of the library `datasets`.")
         rows: dict[str, Any] = {
             name: ReconstructionDataset(dataset, args.seed) if isinstance(dataset, Dataset) else None
             for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset))
@@ -205,6 +209,12 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             self._get_train_sampler(), tokens, batch_tokens, processes=self.accelerator.num_processes
         )
         return self.accelerator.prepare(DataLoader(rows, batch_sampler=batches, collate_fn=collator, **workers))
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """Batches of the rows that were given, or of the trainer's own; see [`~transformers.Trainer`]."""
+        if isinstance(eval_dataset, Dataset):
+            eval_dataset = ReconstructionDataset(eval_dataset, self.args.seed)
+        return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -291,6 +301,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
     @torch.no_grad()
     def _show_reconstructions(self) -> None:
         """Write what the model makes of the first rows of the evaluation data, always masked alike."""
+        if self.eval_dataset is None:
+            return
         examples = []
         for row in range(min(SHOWN_ROWS, len(self.eval_dataset))):
             try:

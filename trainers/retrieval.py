@@ -24,6 +24,7 @@ def retrieval_evaluator(
     prompts: Any = None,
     batch_size: int = 32,
     image_size: tuple[int, int] | None = None,
+    default_prompt: str | None = None,
 ) -> SequentialEvaluator:
     """
     sentence-transformers' retrieval evaluators, one a dataset: Recall@1, @5, @10, MRR@10 and nDCG@10 by its name.
@@ -37,6 +38,7 @@ def retrieval_evaluator(
         prompts (*optional*): One for all; or by column, by dataset, or by dataset and column.
         batch_size (`int`, defaults to 32): Of encoding.
         image_size (`tuple[int, int]`, *optional*): Width and height that images are stretched to.
+        default_prompt (`str`, *optional*): Where `prompts` has none for a column; by default nothing is put in front.
     """
     parts = datasets if isinstance(datasets, dict) else {"": datasets}
     evaluators = []
@@ -64,8 +66,8 @@ def retrieval_evaluator(
                 mrr_at_k=[RANKS[-1]],
                 ndcg_at_k=[RANKS[-1]],
                 map_at_k=[RANKS[-1]],
-                query_prompt=own.get("query"),
-                corpus_prompt=own.get("positive"),
+                query_prompt=own.get("query", default_prompt or ""),  # None would be the model's own
+                corpus_prompt=own.get("positive", default_prompt or ""),
             )
         )
     return SequentialEvaluator(evaluators, main_score_function=fmean)

@@ -11,8 +11,8 @@ from modeling_cocoa.attention import (
     SOURCE,
     TARGET,
     attention_mask_for,
-    collaborative_block_mask,
     collaborative_mask,
+    packed_block_mask,
 )
 
 # The method's table, written out by hand.
@@ -57,19 +57,19 @@ def test_each_row_is_one_sample_by_default():
         assert torch.equal(mask[row, 0], by_hand(segments[row].tolist(), [0] * 4))
 
 
-@pytest.mark.parametrize("tokens", [5, 128, 200])
-def test_block_mask_is_the_dense_mask(tokens):
+@pytest.mark.parametrize("tokens", [5, 128, 300])
+def test_block_mask_of_a_packed_row_is_the_dense_mask(tokens):
     generator = torch.Generator().manual_seed(tokens)
-    segments = torch.randint(0, 4, (2, tokens), generator=generator)
-    samples = torch.randint(0, 3, (2, tokens), generator=generator)
-    block = collaborative_block_mask(segments, samples)
-    dense = collaborative_mask(segments, samples)
-    row, query, key = torch.meshgrid(*(torch.arange(n) for n in (2, tokens, tokens)), indexing="ij")
-    assert torch.equal(block.mask_mod(row, torch.tensor(0), query, key), dense[:, 0])
+    segments = torch.randint(1, 4, (tokens,), generator=generator)
+    samples = torch.randint(0, 3, (tokens,), generator=generator).sort().values
+    block = packed_block_mask(segments, samples)
+    dense = collaborative_mask(segments[None], samples[None])[0, 0]
+    query, key = torch.meshgrid(torch.arange(tokens), torch.arange(tokens), indexing="ij")
+    assert torch.equal(block.mask_mod(torch.tensor(0), torch.tensor(0), query, key), dense)
     # Blocks left out of the computation must hold nothing that is visible.
     size = block.BLOCK_SIZE[0]
-    blocks = block.to_dense()[:, 0].bool().repeat_interleave(size, 1).repeat_interleave(size, 2)
-    assert not (dense[:, 0] & ~blocks[:, :tokens, :tokens]).any()
+    blocks = block.to_dense()[0, 0].bool().repeat_interleave(size, 0).repeat_interleave(size, 1)
+    assert not (dense & ~blocks[:tokens, :tokens]).any()
 
 
 def test_additive_and_boolean_masks_agree_and_padding_rows_are_defined():

@@ -348,6 +348,17 @@ def test_heads_come_back(tmp_path, model_type):
     assert CocoaForReconstruction.from_pretrained(tmp_path).bridge_projection is None
 
 
+def test_heads_that_are_missing_are_said(tmp_path, model_type, caplog):
+    model = reconstruction(model_type, "layerwise")
+    model.model.save_pretrained(tmp_path)
+    CocoaForReconstruction.from_pretrained(tmp_path)
+    assert not caplog.text, "it was not pre-trained"
+    attach_mask_token(model.model, 5)
+    model.model.save_pretrained(tmp_path)
+    CocoaForReconstruction.from_pretrained(tmp_path)
+    assert "was pre-trained, but there is no reconstruction.safetensors" in caplog.text
+
+
 def test_an_untied_head_is_read_from_the_generative_checkpoint(tmp_path, model_type):
     config = tiny_config(model_type)
     config.tie_word_embeddings = False

@@ -484,3 +484,21 @@ def test_the_module_list_is_put_in_place_last(cocoa, processor, folder, monkeypa
     save_cocoa(cocoa, processor, folder)
     moved = [path for path in moved if path.is_relative_to(folder)]
     assert len(moved) > 10 and moved[-1] == folder / "modules.json"
+
+
+def test_a_save_that_is_cut_off_leaves_no_folder_of_two_models(cocoa, processor, tmp_path, monkeypatch):
+    save_cocoa(cocoa, processor, tmp_path / "cocoa")
+    replaced = os.replace
+
+    def cut_off(source, target):
+        replaced(source, target)
+        if str(target).endswith("model.safetensors"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(saving.os, "replace", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        save_cocoa(cocoa, processor, tmp_path / "cocoa")
+    assert not (tmp_path / "cocoa" / "modules.json").exists(), "sentence-transformers would load it"
+    monkeypatch.undo()
+    save_cocoa(cocoa, processor, tmp_path / "cocoa")
+    assert (tmp_path / "cocoa" / "modules.json").exists()

@@ -182,3 +182,10 @@ def test_adapters_and_gradient_checkpointing_train(model, image, checkpointing):
     (first @ second).backward()
     gradients = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert gradients and all("lora_" in name for name in gradients)
+
+
+def test_sizes_beside_a_processor_are_refused(model):
+    with pytest.raises(ValueError, match=r"\['max_length'\] would change a processor .*from_pretrained"):
+        CocoaTransformer(model[0].model, model[0].processor, max_length=64)
+    with pytest.raises(ValueError, match=r"\['min_pixels'\] would change"):
+        CocoaTransformer(model[0].model, model[0].processor, processor_kwargs={"min_pixels": 64})

@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 from torch.distributed.fsdp import StateDictType
+from transformers import TrainingArguments
 
-from trainers import CocoaReconstructionConfig, CocoaReconstructionTrainer
+from trainers import (
+    CocoaContrastiveConfig,
+    CocoaContrastiveTrainer,
+    CocoaReconstructionConfig,
+    CocoaReconstructionTrainer,
+)
 
 
 @pytest.fixture
@@ -40,3 +47,24 @@ def test_a_model_that_was_not_put_together_is_not_saved(trainer, tmp_path):
     with pytest.raises(ValueError, match="stage3_gather_16bit_weights_on_model_save"):
         trainer._save(str(tmp_path / "parts"), state_dict={})
     assert (tmp_path / "whole" / "modules.json").exists() and not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize("kind", ["reconstruction", "contrastive"])
+def test_several_gpus_of_one_process_are_refused(tmp_path, model, processor, emoji, monkeypatch, kind):
+    config, trainer, columns = {
+        "reconstruction": (CocoaReconstructionConfig, CocoaReconstructionTrainer, {}),
+        "contrastive": (CocoaContrastiveConfig, CocoaContrastiveTrainer, {"text": "query", "image": "positive"}),
+    }[kind]
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    args = config(output_dir=str(tmp_path), use_cpu=True, report_to="none", check_data=False)
+    with pytest.raises(ValueError, match="2 GPUs are in sight of one process: .* `accelerate launch`"):
+        trainer(model, args, train_dataset=emoji.rename_columns(columns), processing_class=processor)
+
+
+@pytest.mark.parametrize(("saved", "asked", "expected"), [(128, None, 128), (32768, None, 1280), (128, 512, 512)])
+def test_the_longest_input_is_the_checkpoint_s_where_none_is_asked_for(tmp_path, processor, saved, asked, expected):
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.model_max_length = saved
+    processor.save_pretrained(tmp_path / "saved")
+    args = CocoaReconstructionConfig(output_dir=str(tmp_path), use_cpu=True, max_length=asked)
+    assert args.load_processor(tmp_path / "saved").max_length == expected

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import collections
+import contextlib
 import copy
 
 import pytest
 import torch
+from numpy.random import default_rng as rng
 
 from modeling_cocoa.attention import EOS, PADDING, SOURCE, TARGET
+from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from trainers.collators import (
     DIRECTIONS,
@@ -235,3 +238,24 @@ def test_a_processors_own_prompt_has_no_part_in_it(processor, emoji, stage):
     prompted = CocoaProcessor(processor.processor, prompt="Represent it.")
     found = ReconstructionCollator(prompted, stage=stage)(batch)
     assert torch.equal(found["input_ids"], plain["input_ids"]) and torch.equal(found["labels"], plain["labels"])
+
+
+@pytest.mark.parametrize(("max_length", "fits"), [(7, False), (9, False), (11, False), (12, True)])
+def test_a_target_picture_that_leaves_no_room_is_a_bad_row_in_every_epoch(processor, emoji, max_length, fits):
+    """Header 5, picture 6, EOS 1: with less, what is cut off a target as its header would be of the picture."""
+    processor = copy.deepcopy(processor)
+    processor.tokenizer.model_max_length = max_length
+    row = {"image": emoji[0]["image"], "text": "a", "index": 0}
+    collator = ReconstructionCollator(processor, stage="bridge", direction_weights=only("text_to_image"))
+    if fits:
+        assert int((collator([{**row, "seed": (5, 0, 0)}])["segment_ids"] == TARGET).sum()) == 6
+    else:
+        with pytest.raises(CocoaInputError, match=f"no room .* within max_length={max_length}; raise max_length"):
+            collator.example({**row, "seed": (5, 0, 0)})
+    collator = ReconstructionCollator(processor, stage="bridge")
+    seeds = ((5, epoch, 0) for epoch in range(100))
+    lucky = next(seed for seed in seeds if collator._draw_direction({"image", "text"}, rng(seed)) == "text_to_text")
+    row["seed"] = lucky
+    assert collator.example(row).direction == "text_to_text"
+    with contextlib.nullcontext() if fits else pytest.raises(CocoaInputError, match="no room"):
+        collator.check(row)

@@ -353,6 +353,7 @@ def test_rows_that_workers_leave_out_are_counted(tmp_path, model, processor):
     ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": 0.005, "learnable_temperature": True}, "never below 0.01, where it would begin; got 0.005"),
         ({"mini_batch_size": 0}, "mini_batch_size must be 1 or more"),
         ({"mini_batch_size": 2, "mini_batch_num_tokens": 9}, "give one of them"),
         ({"num_hard_negatives": -1}, "num_hard_negatives must be 0 or more"),
@@ -457,10 +458,10 @@ def test_early_stopping_goes_on_counting(tmp_path, model, processor, pairs):
     ("prompts", "query", "positive"),
     [
         ("Find it.", "Find it.", "Find it."),
-        ({"query": "Find it."}, "Find it.", None),
+        ({"query": "Find it."}, "Find it.", ""),
         ({"names": "Find it."}, "Find it.", "Find it."),
-        ({"names": {"positive": "It."}}, None, "It."),
-        ({"styles": "Find it."}, None, None),
+        ({"names": {"positive": "It."}}, "", "It."),
+        ({"styles": "Find it."}, "", ""),
     ],
 )
 def test_retrieval_has_the_prompts_of_training(tmp_path, model, processor, emoji, prompts, query, positive):
@@ -639,3 +640,22 @@ def test_two_entries_of_one_name_are_an_error(tmp_path, emoji):
 def test_matryoshka_needs_the_whole_length(tmp_path, model, processor, pairs):
     with pytest.raises(ValueError, match="must have the whole length 64 too"):
         trainer_of(model, processor, pairs, tmp_path, matryoshka_dims=[32, 16])
+
+
+@pytest.mark.parametrize("source", ["options", "processor"])
+def test_prompts_of_training_are_those_of_the_saved_model(tmp_path, model, processor, pairs, source):
+    processor = copy.deepcopy(processor)
+    options = {"query_prompt": "find", "target_prompt": "this"}
+    if source == "processor":
+        processor.prompt, options = "find", {}
+    trainer = trainer_of(model, processor, pairs, tmp_path, **options)
+    trainer.save_model(str(tmp_path / "final"))
+    saved = SentenceTransformer(str(tmp_path / "final"), device="cpu")
+    target = "this" if source == "options" else "find"
+    expected = [model_vectors(model, processor, "a cat", prompt) for prompt in ("find", target)]
+    np.testing.assert_allclose([saved.encode_query("a cat"), saved.encode_document("a cat")], expected, atol=1e-5)
+
+
+def model_vectors(model, processor, text, prompt):
+    """The vector of a text behind a prompt."""
+    return CocoaTransformer(model, processor).encode([text], prompt=prompt)[0]

@@ -68,3 +68,36 @@ def test_a_trainer_takes_several(tmp_path, model, processor, emoji):
     data = {"texts": named("text", 20), "pairs": emoji}
     trainer = CocoaReconstructionTrainer(model, args, train_dataset=data, processing_class=processor)
     assert trainer.train().global_step == 2
+
+
+def test_streams_whose_columns_are_not_known_mix():
+    """As those of CSV files, or after a `map`."""
+    parts = {
+        name: Dataset.from_dict({"text": [name] * 4, "other": [1] * 4}).to_iterable_dataset().map(lambda row: row)
+        for name in ("a", "b")
+    }
+    assert parts["a"].column_names is None, "else this test says nothing"
+    assert sorted(row["text"] for row in mix_datasets(parts, None, 0)) == ["a"] * 4 + ["b"] * 4
+    parts = {"a": parts["a"].map(lambda row: {"words": "x"}, remove_columns=["text"])}
+    with pytest.raises(ValueError, match=r"Dataset 'a' needs a column of .*; it has \['other', 'words'\]"):
+        mix_datasets(parts, None, 0)
+
+
+def test_weights_may_be_json_as_on_a_command_line():
+    config = CocoaReconstructionConfig("x", use_cpu=True, direction_weights='{"text_to_text": 1}')
+    assert config.direction_weights == {"text_to_text": 1}
+    with pytest.raises(ValueError, match="dataset_weights must be a JSON object"):
+        CocoaReconstructionConfig("x", use_cpu=True, dataset_weights="a=1")
+
+
+def test_evaluation_takes_a_dataset_of_its_own_and_nothing_else(tmp_path, model, processor, emoji):
+    args = CocoaReconstructionConfig(
+        str(tmp_path), use_cpu=True, report_to="none", check_data=False, disable_tqdm=True
+    )
+    rows = emoji.select_columns(["image", "text"]).select(range(4))
+    trainer = CocoaReconstructionTrainer(model, args, train_dataset=rows, processing_class=processor)
+    assert trainer.evaluate(rows)["eval_loss"] > 0
+    with pytest.raises(ValueError, match="eval_dataset is a dict; give a Dataset"):
+        CocoaReconstructionTrainer(
+            model, args, train_dataset=rows, eval_dataset={"a": rows}, processing_class=processor
+        )

@@ -260,12 +260,11 @@ def test_pairs_with_images_on_one_process_and_texts_on_the_other(tmp_path, start
     kind = Features({"image": ImageFeature(), "text": Value("string")})
     rows = [{"image": emoji[i]["image"] if i < 4 else None, "text": None if i % 2 else "a"} for i in range(8)]
     rows = [{**row, "text": row["text"] or (None if row["image"] else str(i))} for i, row in enumerate(rows)]
+    # A picture among the answers of the first process: the other one could take all its answers in one pass.
+    answers = [{"image": emoji[8]["image"], "text": None}, *({"image": None, "text": f"is {i}"} for i in range(1, 8))]
     order = torch.randperm(8, generator=torch.Generator().manual_seed(42)).tolist()
-    pairs = [
-        {"query": rows[order.index(place)], "positive": emoji[place]["text"], "negative_1": f"not {place}"}
-        for place in range(8)
-    ]
-    features = Features({"query": kind, "positive": Value("string"), "negative_1": Value("string")})
+    pairs = [{"query": rows[i], "positive": answers[i], "negative_1": f"not {i}"} for i in map(order.index, range(8))]
+    features = Features({"query": kind, "positive": kind, "negative_1": Value("string")})
     Dataset.from_list(pairs, features=features).to_parquet(str(start / "rows.parquet"))
     (whole, loss), (two, two_loss) = (
         gradients_of(

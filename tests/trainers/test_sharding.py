@@ -47,6 +47,7 @@ if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
 
 from datasets import Dataset, Features, Value
 from peft import LoraConfig
+from torch.distributed.fsdp import FSDPModule
 
 from trainers import (
     CocoaContrastiveConfig, CocoaContrastiveTrainer, CocoaReconstructionConfig, CocoaReconstructionTrainer
@@ -73,6 +74,14 @@ if "contrastive" in kind:
             [{"query": row, "positive": f"number {place}"} for place, row in enumerate(rows)],
             features=Features({"query": dict(rows.features), "positive": Value("string")}),
         )
+    if "mixed" in kind:  # a picture among the answers of one process, which takes them in passes of their own
+        pictured = next(place for place, row in enumerate(rows) if row["image"] is not None)
+        answers = [row if place == pictured else {"text": f"number {place}"} for place, row in enumerate(rows)]
+        text = Value("string")
+        data = Dataset.from_list(
+            [{"query": f"of {i}", "positive": answer, "negative_1": f"not {i}"} for i, answer in enumerate(answers)],
+            features=Features({"query": text, "positive": dict(rows.features), "negative_1": text}),
+        )
     trainer = CocoaContrastiveTrainer(model, args, train_dataset=data, peft_config=lora)
 else:
     args = CocoaReconstructionConfig(stage="bridge", **options)
@@ -84,7 +93,8 @@ trainer.save_model(os.path.join(folder, "final"))
 if trainer.is_world_process_zero():
     with open(os.path.join(folder, "log.json"), "w") as file:
         sharded = "fsdp2" if trainer.is_fsdp_enabled else "deepspeed_zero3" if trainer.is_deepspeed_enabled else None
-        json.dump([sharded, trainer.state.log_history], file)
+        pieces = sum(isinstance(module, FSDPModule) for module in trainer.model_wrapped.modules())
+        json.dump([sharded, pieces, trainer.state.log_history], file)
 trainer.accelerator.wait_for_everyone()
 trainer.accelerator.end_training()
 sys.stdout.flush()
@@ -116,8 +126,10 @@ def train(kind, start, folder, batch_size, steps=2, sharded=None):
         config.write_text(yaml.safe_dump({**shipped, **on_cpu}))
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     run_python(script, kind, start, folder, batch_size, steps, launcher=launcher, DS_ACCELERATOR="cpu")
-    found, logs = json.loads((folder / "log.json").read_text())
+    found, pieces, logs = json.loads((folder / "log.json").read_text())
     assert found == sharded
+    if sharded == "fsdp2":
+        assert pieces > 3, "layer by layer, and not the whole model at once"
     return load_file(folder / "final" / "model.safetensors"), logs
 
 
@@ -142,7 +154,7 @@ def ways(kind):
     return [(kind, "fsdp2"), zero3] if kind in QUICK else [pytest.param(kind, "fsdp2", marks=pytest.mark.slow), zero3]
 
 
-QUICK = ("bridge", "lora contrastive", "adam bridge")
+QUICK = ("bridge", "lora mixed contrastive", "adam bridge")
 
 
 def check_like_one_process(kind, sharded, start, tmp_path):
@@ -179,7 +191,7 @@ def test_contrastive_training_with_shared_out_weights_is_what_one_process_does(t
     check_like_one_process(kind, sharded, pairs, tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "sharded"), ways("cached contrastive")[:1])
+@pytest.mark.parametrize(("kind", "sharded"), [*ways("cached contrastive")[:1], *ways("lora mixed contrastive")])
 def test_mini_batches_of_images_on_one_process_and_of_texts_on_the_other(tmp_path, start, kind, sharded):
     check_like_one_process(kind, sharded, start, tmp_path)
 
