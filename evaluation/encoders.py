@@ -23,6 +23,7 @@ from .mmeb_data import Item
 from .mmeb_tasks import IMAGE_SIZES
 from .vectors import fingerprint, weights_digest
 
+SETTINGS_FILE = "config_sentence_transformers.json"
 MIN_SIDE, ENLARGED = 28, (56, 56)
 """An image with a shorter side is stretched to this size, as the benchmark's evaluator does."""
 
@@ -174,13 +175,24 @@ def check_length(name: str, options: Mapping[str, str]) -> None:
     Raises:
         ValueError: the checkpoint shortens its vectors, and a score of whole ones would not be its own.
     """
-    file = find_checkpoint_file(name, "config_sentence_transformers.json", **options)
-    settings = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
-    if length := settings.get("truncate_dim"):
+    if length := read_settings(name, **options).get("truncate_dim"):
         raise ValueError(
             f"{name} shortens its vectors to {length} numbers: name it with --baseline to score these, or set "
-            f"truncate_dim to null in its config_sentence_transformers.json to score whole ones."
+            f"truncate_dim to null in its {SETTINGS_FILE} to score whole ones."
         )
+
+
+def read_settings(name: str | os.PathLike, **options: str) -> dict[str, Any]:
+    """
+    What sentence-transformers keeps of a checkpoint beside its modules (prompts, `truncate_dim`, ...); empty where it
+    keeps nothing.
+
+    Args:
+        name (`str` or `os.PathLike`): Folder or Hub name.
+        options: Those of `from_pretrained` that say where the files are, such as `revision`.
+    """
+    file = find_checkpoint_file(name, SETTINGS_FILE, **options)
+    return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 def label(name: str) -> str:

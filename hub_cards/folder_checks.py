@@ -50,7 +50,7 @@ SECRETS = {
 
 def uploaded_files(folder: Path) -> list[Path]:
     """The files that are pushed: all but hidden ones, in order."""
-    found = (path for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+    found = (path for path in folder.rglob("*") if path.is_file() or not path.exists())  # a link to nothing
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from PIL.Image import Image as Picture
 
 from evaluation.demo import QUERIES
 from evaluation.emoji import load_emoji
-from modeling_cocoa.heads import find_checkpoint_file
+from evaluation.encoders import read_settings
 from modeling_cocoa.inputs import load_image
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
@@ -160,6 +159,5 @@ def read_prompts(model: str | os.PathLike) -> dict[str, str]:
     Returns:
         `dict[str, str]`: `query` and `document`, as far as there are any.
     """
-    file = find_checkpoint_file(model, "config_sentence_transformers.json")
-    prompts = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8")).get("prompts", {})
+    prompts = read_settings(model).get("prompts", {})
     return {task: prompts[task] for task in ("query", "document") if prompts.get(task)}
