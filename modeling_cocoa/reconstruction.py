@@ -53,7 +53,6 @@ class ReconstructionOutput(ModelOutput):
             likeliest token in its place, in the order of `labels[labels != -100]`.
         unit_losses (`Tensor` of shape `(predicted units,)`): In the order of `unit_mask.nonzero()`.
         pixels (`Tensor` of shape `(predicted units, 4 patches, values)`): The rebuilt (normalised) pixels.
-        embeddings (`Tensor` of shape `(batch, hidden)`): Unit-norm EOS embeddings of the sources.
     """
 
     loss: Tensor | None = None
@@ -62,7 +61,6 @@ class ReconstructionOutput(ModelOutput):
     token_predictions: Tensor | None = None
     unit_losses: Tensor | None = None
     pixels: Tensor | None = None
-    embeddings: Tensor | None = None
 
 
 def count_losses(labels: Tensor, segment_ids: Tensor, unit_mask: Tensor | None) -> Tensor:
@@ -73,9 +71,27 @@ def count_losses(labels: Tensor, segment_ids: Tensor, unit_mask: Tensor | None) 
     return torch.stack([(masked & ~is_target).sum(), (masked & is_target).sum(), units])
 
 
+def resolve_eos_sees_target(bridge: str, eos_sees_target: bool | None) -> bool:
+    """
+    Whether the EOS attends to the target: as asked for, or the default of the bridge.
+
+    Raises:
+        ValueError: it is asked for with the `embedding` bridge.
+    """
+    if bridge == "embedding" and eos_sees_target:
+        raise ValueError(
+            "eos_sees_target=True needs bridge='layerwise': in the 'embedding' bridge the target is read after the "
+            "embedding is made. Leave eos_sees_target out."
+        )
+    return bridge == "layerwise" if eos_sees_target is None else eos_sees_target
+
+
 class CocoaForReconstruction(nn.Module):
     """
     A CoCoA backbone with the heads of stages 1 and 2 (CoCoA, arXiv 2603.01471).
+
+    It has no embeddings of training rows: where the EOS sees the target, they are not those of inference, which the
+    backbone gives for the source alone.
 
     Rows are `source · EOS` in the warm-up and `source · EOS · target` in the bridge, told apart by `segment_ids`; the
     attention between them is collaborative ([`~attention.is_visible`]). Masked text at position i is predicted from
@@ -87,13 +103,16 @@ class CocoaForReconstruction(nn.Module):
         lm_head (`Tensor` of shape `(vocabulary, hidden)`, *optional*): The text head; by default the embedding matrix,
             which is the head of a checkpoint with `tie_word_embeddings`.
         bridge (`"layerwise"` or `"embedding"`): How the target reaches its source: by attending to the EOS in every
-            layer, or to one token made from the final embedding by a linear layer.
-        image_loss_weight (`float`, defaults to 0.1): Of the pixel loss against the text loss.
+            layer (the authors'), or to one token made from the final embedding by a linear layer.
+        eos_sees_target (`bool`, *optional*): Whether the EOS attends to the target, as in the authors' code; by default
+            `True` with the `layerwise` bridge, and `False` with `embedding`, where the embedding comes first.
+        image_loss_weight (`float`, defaults to 0.5): Of the pixel loss against the text loss.
         normalize_pixels (`bool`, defaults to `True`): Predict each patch at zero mean and unit variance; otherwise
             the processor's pixel values as they are.
 
     Raises:
-        ValueError: `bridge` is neither of the two; the text head does not fit the embedding matrix.
+        ValueError: `bridge` is neither of the two; `eos_sees_target=True` with the `embedding` bridge; the text head
+            does not fit the embedding matrix.
     """
 
     def __init__(
@@ -102,7 +121,8 @@ class CocoaForReconstruction(nn.Module):
         *,
         lm_head: Tensor | None = None,
         bridge: Literal["layerwise", "embedding"] = "layerwise",
-        image_loss_weight: float = 0.1,
+        eos_sees_target: bool | None = None,
+        image_loss_weight: float = 0.5,
         normalize_pixels: bool = True,
     ) -> None:
         super().__init__()
@@ -110,6 +130,7 @@ class CocoaForReconstruction(nn.Module):
             raise ValueError(f"bridge must be one of {BRIDGES}; got {bridge!r}.")
         self.model = backbone
         self.bridge = bridge
+        self.eos_sees_target = resolve_eos_sees_target(bridge, eos_sees_target)
         self.image_loss_weight = image_loss_weight
         self.normalize_pixels = normalize_pixels
         embeddings = backbone.get_input_embeddings().weight
@@ -159,7 +180,8 @@ class CocoaForReconstruction(nn.Module):
         pretrained_model_name_or_path: str | os.PathLike,
         *,
         bridge: Literal["layerwise", "embedding"] = "layerwise",
-        image_loss_weight: float = 0.1,
+        eos_sees_target: bool | None = None,
+        image_loss_weight: float = 0.5,
         normalize_pixels: bool = True,
         **kwargs: Any,
     ) -> CocoaForReconstruction:
@@ -169,7 +191,7 @@ class CocoaForReconstruction(nn.Module):
 
         Args:
             pretrained_model_name_or_path: Folder or Hub name.
-            bridge, image_loss_weight, normalize_pixels: As in the class.
+            bridge, eos_sees_target, image_loss_weight, normalize_pixels: As in the class.
             kwargs: For the backbone's `from_pretrained`.
 
         Raises:
@@ -198,6 +220,7 @@ class CocoaForReconstruction(nn.Module):
             backbone,
             lm_head=lm_head,
             bridge=bridge,
+            eos_sees_target=eos_sees_target,
             image_loss_weight=image_loss_weight,
             normalize_pixels=normalize_pixels,
         )
@@ -296,12 +319,11 @@ class CocoaForReconstruction(nn.Module):
 
         attention = self._attention(segment_ids, inputs_embeds.dtype)
         if self.bridge == "embedding" and bool((segment_ids == TARGET).any()):
-            hidden, embeddings = self._two_passes(inputs_embeds, positions, segment_ids)
+            hidden = self._two_passes(inputs_embeds, positions, segment_ids)
         else:
             hidden = self._read(inputs_embeds, positions, attention)
-            embeddings = nn.functional.normalize(hidden[segment_ids == EOS], dim=-1)
 
-        output = ReconstructionOutput(embeddings=embeddings, losses={})
+        output = ReconstructionOutput(losses={})
         own_counts = count_losses(labels, segment_ids, unit_mask)
         if loss_counts is None:
             loss_counts = own_counts
@@ -384,8 +406,9 @@ class CocoaForReconstruction(nn.Module):
         """How layers are told who sees whom: a packing, or for eager attention on the padded batch a dense mask."""
         implementation = self.model.language_model.config._attn_implementation
         if implementation == "eager":
-            return {"attention_mask": attention_mask_for(implementation, segment_ids, None, dtype)}
-        return {"packing": pack(segment_ids)}
+            mask = attention_mask_for(implementation, segment_ids, None, dtype, self.eos_sees_target)
+            return {"attention_mask": mask}
+        return {"packing": pack(segment_ids, self.eos_sees_target)}
 
     def _read(self, inputs_embeds: Tensor, positions: Tensor, attention: dict[str, Any]) -> Tensor:
         """Final hidden states of rows under collaborative attention; of padding, they mean nothing."""
@@ -402,7 +425,7 @@ class CocoaForReconstruction(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def _two_passes(self, inputs_embeds: Tensor, positions: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _two_passes(self, inputs_embeds: Tensor, positions: Tensor, segment_ids: Tensor) -> Tensor:
         """The `embedding` bridge: read source and EOS; then the target beside a token made from the embedding."""
         is_eos, is_target = segment_ids == EOS, segment_ids == TARGET
         dtype, is_source = inputs_embeds.dtype, segment_ids == SOURCE
@@ -415,4 +438,4 @@ class CocoaForReconstruction(nn.Module):
         second = self._read(
             second_embeds, positions, self._attention(segment_ids.masked_fill(is_source, PADDING), dtype)
         )
-        return torch.where((is_eos | is_target)[..., None], second, first), embeddings
+        return torch.where((is_eos | is_target)[..., None], second, first)

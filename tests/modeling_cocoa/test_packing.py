@@ -40,13 +40,13 @@ class Attention(torch.nn.Module):
     is_causal = False
 
 
-@given(SHAPE, st.booleans(), st.booleans())
-def test_packed_attention_is_attention_under_the_dense_mask(shapes, left, flex):
+@given(SHAPE, st.booleans(), st.booleans(), st.booleans())
+def test_packed_attention_is_attention_under_the_dense_mask(shapes, left, flex, eos_sees_target):
     segment_ids = segments_of(shapes, left)
     generator = torch.Generator().manual_seed(len(shapes))
     query = torch.randn(*segment_ids.shape, 4, 8, generator=generator)
     key, value = (torch.randn(*segment_ids.shape, 2, 8, generator=generator) for _ in range(2))
-    packing = pack(segment_ids)
+    packing = pack(segment_ids, eos_sees_target)
     packed = (part.flatten(0, 1)[packing.index] for part in (query, key, value))
     implementation = FLEX_ATTENTION if flex else "sdpa"
     output = attend(Attention(), *packed, packing, implementation=implementation, scaling=0.5)
@@ -54,7 +54,7 @@ def test_packed_attention_is_attention_under_the_dense_mask(shapes, left, flex):
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
-        attn_mask=collaborative_mask(segment_ids),
+        attn_mask=collaborative_mask(segment_ids, eos_sees_target=eos_sees_target),
         scale=0.5,
         enable_gqa=True,
     )
@@ -82,11 +82,13 @@ def by_boundaries(module, query, key, value, mask, **options):
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-@given(SHAPE, st.booleans(), st.booleans())
-def test_flash_attention_is_called_by_its_contract(shapes, left, eos_only):
+@given(SHAPE, st.booleans(), st.booleans(), st.booleans())
+def test_flash_attention_is_called_by_its_contract(shapes, left, eos_only, eos_sees_target):
     """The kernel itself needs a GPU; a plain one takes its place."""
+    if eos_only:
+        shapes = [(source, 0, gap) for source, _, gap in shapes]
     segment_ids = segments_of(shapes, left)
-    packing = pack(segment_ids)
+    packing = pack(segment_ids, eos_sees_target)
     generator = torch.Generator().manual_seed(len(shapes))
     query = torch.randn(len(packing.index), 4, 8, generator=generator)
     key, value = (torch.randn(len(packing.index), 2, 8, generator=generator) for _ in range(2))
@@ -213,11 +215,19 @@ def test_sharding_finds_the_layers_by_name(backbone):
     assert names == set(backbone._no_split_modules)
 
 
-def test_the_block_mask_of_a_packed_row_is_its_dense_mask():
+def test_the_eos_alone_is_refused_where_there_are_targets():
+    packing = pack(segments_of([(3, 2, 0), (1, 0, 0)], left=False))
+    query, key = torch.randn(2, 4, 8), torch.randn(len(packing.index), 2, 8)
+    with pytest.raises(ValueError, match="eos_only takes rows without a target"):
+        attend(Attention(), query, key, key, packing, implementation="sdpa", scaling=0.5, eos_only=True)
+
+
+@pytest.mark.parametrize("eos_sees_target", [True, False])
+def test_the_block_mask_of_a_packed_row_is_its_dense_mask(eos_sees_target):
     """Over several blocks, of which it holds those that have something to see, and no others."""
     segment_ids = segments_of([(300, 0, 0), (5, 150, 0), (0, 1, 0), (200, 40, 0)], left=False)
-    packing = pack(segment_ids)
-    dense = collaborative_mask(packing.segment_ids[None], packing.sample_ids[None])[0, 0]
+    packing = pack(segment_ids, eos_sees_target)
+    dense = collaborative_mask(packing.segment_ids[None], packing.sample_ids[None], eos_sees_target)[0, 0]
     block_mask = packing.block_mask
     tokens = torch.arange(len(dense))
     visible = block_mask.mask_mod(0, 0, tokens[:, None], tokens[None])

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from modeling_cocoa.attention import EOS, FLEX_ATTENTION, PADDING, SOURCE, TARGET
 from modeling_cocoa.heads import attach_mask_token, read_lm_head
 from modeling_cocoa.losses import masked_token_loss, normalize_patches
+from modeling_cocoa.packing import pack
 from modeling_cocoa.reconstruction import CocoaForReconstruction, count_losses
 from tests.conftest import (
     CLASSES,
@@ -81,11 +82,11 @@ def bridge_batch(direction, *, source_shift=0, target_shift=0, seed=0):
     return batch
 
 
-def reconstruction(model_type, bridge="layerwise", implementation="sdpa"):
+def reconstruction(model_type, bridge="layerwise", implementation="sdpa", eos_sees_target=None):
     """Packed rows with sdpa, the padded batch with eager."""
     torch.manual_seed(0)
     backbone = CLASSES[model_type][1]._from_config(tiny_config(model_type), attn_implementation=implementation)
-    return CocoaForReconstruction(sharpen(backbone), bridge=bridge).eval()
+    return CocoaForReconstruction(sharpen(backbone), bridge=bridge, eos_sees_target=eos_sees_target).eval()
 
 
 def hidden_states(model, batch):
@@ -108,25 +109,34 @@ BACKENDS = pytest.mark.parametrize("implementation", ["sdpa", "eager", FLEX_ATTE
 
 
 @BACKENDS
-@pytest.mark.parametrize("bridge", ["layerwise", "embedding"])
+@pytest.mark.parametrize("bridge, eos_sees_target", [("layerwise", True), ("layerwise", False), ("embedding", False)])
 @pytest.mark.parametrize("direction", PARTS)
-def test_source_and_eos_do_not_see_the_target(model_type, bridge, direction, implementation):
-    model = reconstruction(model_type, bridge, implementation)
-    before, first = hidden_states(model, batch := bridge_batch(direction))
-    after, second = hidden_states(model, bridge_batch(direction, target_shift=3))
-    own = (batch["segment_ids"] == SOURCE) | (batch["segment_ids"] == EOS)
-    torch.testing.assert_close(before[0][own], after[0][own], atol=1e-5, rtol=0)
-    torch.testing.assert_close(first.embeddings, second.embeddings, atol=1e-5, rtol=0)
+def test_source_and_eos_see_the_target_if_the_eos_does(
+    model_type, bridge, eos_sees_target, direction, implementation
+):
+    model = reconstruction(model_type, bridge, implementation, eos_sees_target)
+    before, _ = hidden_states(model, batch := bridge_batch(direction))
+    after, _ = hidden_states(model, bridge_batch(direction, target_shift=3))
+    if direction in ("text_to_image", "image_to_image"):
+        # Only the rebuilt image differs, and nobody sees it: its tokens carry the mask embedding.
+        eos_sees_target = False
+    for segment in (SOURCE, EOS):
+        own = batch["segment_ids"] == segment
+        if eos_sees_target:
+            assert (before[0][own] - after[0][own]).abs().max() > 1e-3
+        else:
+            torch.testing.assert_close(before[0][own], after[0][own], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("bridge", ["layerwise", "embedding"])
 @pytest.mark.parametrize("direction", PARTS)
-def test_source_and_eos_are_what_inference_embeds(model_type, bridge, direction):
-    """A training row's embedding is that of its source alone, given to the embedding model."""
-    model = reconstruction(model_type, bridge)
+def test_with_an_eos_that_does_not_see_the_target_source_and_eos_are_those_of_inference(model_type, bridge, direction):
+    """The source alone, given to the embedding model, has the EOS that the training row has."""
+    model = reconstruction(model_type, bridge, eos_sees_target=False)
     batch = bridge_batch(direction)
+    states, _ = hidden_states(model, batch)
+    eos = torch.nn.functional.normalize(states[0][batch["segment_ids"] == EOS], dim=-1)
     with torch.no_grad():
-        embeddings = model(**batch).embeddings
         own = (batch["segment_ids"] == SOURCE) | (batch["segment_ids"] == EOS)
         inputs = {"input_ids": batch["input_ids"].masked_fill(~own, PAD_ID), "attention_mask": own.long()}
         if IMAGE_ID in PARTS[direction][0]:
@@ -134,7 +144,47 @@ def test_source_and_eos_are_what_inference_embeds(model_type, bridge, direction)
             inputs["pixel_values"] = batch["pixel_values"][seen.repeat_interleave(16)]
             inputs["image_grid_thw"] = batch["image_grid_thw"][seen]
         expected = model.model(**inputs).pooler_output
-    torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(eos, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])  # flex has no backward pass on a CPU
+@pytest.mark.parametrize("eos_sees_target", [True, False])
+def test_the_gradient_of_the_target_to_the_source_passes_through_the_eos_alone(
+    model_type, implementation, eos_sees_target
+):
+    """With keys and values of the EOS detached in every layer, it is exactly zero."""
+    model = reconstruction(model_type, "layerwise", implementation, eos_sees_target)
+    backbone, batch = model.model, bridge_batch("text_to_text")
+    segments = batch["segment_ids"]
+    is_packed = implementation != "eager"
+    is_eos = segments == EOS
+    if is_packed:
+        packing = pack(segments, eos_sees_target)
+        is_eos = packing.segment_ids == EOS
+
+    def gradient(detach):
+        """Of the target's hidden states, summed, to each place of the batch."""
+        embeds = backbone.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+        handles = []
+        if detach:
+            for layer in backbone.language_model.layers:
+                for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                    handles.append(
+                        projection.register_forward_hook(
+                            lambda module, args, output: torch.where(is_eos[..., None], output.detach(), output)
+                        )
+                    )
+        positions = backbone.mrope_positions(batch["input_ids"], batch["attention_mask"])
+        hidden = model._read(embeds, positions, model._attention(segments, embeds.dtype))
+        for handle in handles:
+            handle.remove()
+        weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+        (hidden * weights)[segments == TARGET].sum().backward()
+        return embeds.grad
+
+    own = segments == SOURCE
+    assert gradient(detach=False)[own].abs().max() > 1e-3, "the source reaches the target through the EOS"
+    assert (gradient(detach=True)[own] == 0).all()
 
 
 @BACKENDS
@@ -223,7 +273,7 @@ def test_losses_are_the_plain_ones(model_type, implementation):
     patches = batch["pixel_labels"].view(-1, 4, PATCH_VALUES)[batch["unit_mask"]]
     target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
     torch.testing.assert_close(output.losses["image"], ((output.pixels - target) ** 2).mean())
-    total = output.losses["text_source"] + output.losses["text_target"] + 0.1 * output.losses["image"]
+    total = output.losses["text_source"] + output.losses["text_target"] + 0.5 * output.losses["image"]
     torch.testing.assert_close(output.loss, total)
 
 
@@ -274,6 +324,73 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(model_type, bridge, 
     for name, gradient in plain.items():
         scale = float(gradient.abs().max())
         torch.testing.assert_close(packed[name], gradient, atol=1e-4 * scale + 1e-7, rtol=0)
+
+
+def plain_bridge_loss(stock, batch, eos_sees_target):
+    """
+    A bridge step of text targets written straight down: the stock base model's layers on the padded batch, the mask of
+    the method's table cell by cell, logits of every token.
+    """
+    ids, segments = batch["input_ids"], batch["segment_ids"]
+    embeds = stock.get_input_embeddings()(ids)
+    is_image = ids == IMAGE_ID
+    if bool(is_image.any()):
+        features = stock.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
+        embeds = embeds.masked_scatter(is_image[..., None], torch.cat(list(features.pooler_output)))
+    positions, _ = stock.get_rope_index(
+        ids,
+        mm_token_type_ids=is_image.long(),
+        image_grid_thw=batch.get("image_grid_thw"),
+        attention_mask=batch["attention_mask"],
+    )
+    sees = {
+        SOURCE: (SOURCE, EOS),
+        EOS: (SOURCE, EOS, TARGET) if eos_sees_target else (SOURCE, EOS),
+        TARGET: (EOS, TARGET),
+        PADDING: (PADDING,),  # a softmax over nothing is NaN
+    }
+    mask = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+    for row, places in enumerate(segments.tolist()):
+        for query, segment in enumerate(places):
+            for key, other in enumerate(places):
+                mask[row, 0, query, key] = other in sees[segment]
+    text = stock.language_model
+    hidden = text(
+        inputs_embeds=embeds,
+        position_ids=positions,
+        attention_mask=dict.fromkeys(set(text.config.layer_types), mask),
+        use_cache=False,
+    ).last_hidden_state
+    logits = hidden @ stock.get_input_embeddings().weight.T
+    losses = []
+    for segment in (SOURCE, TARGET):
+        chosen = (batch["labels"] != -100) & (segments == segment)
+        if bool(chosen.any()):
+            losses.append(F.cross_entropy(logits[:, :-1][chosen[:, 1:]], batch["labels"][chosen]))
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("eos_sees_target", [True, False])
+@pytest.mark.parametrize("direction", ["image_to_text", "text_to_text"])
+def test_a_bridge_step_is_that_of_stock_layers_under_the_mask_of_the_table(model_type, direction, eos_sees_target):
+    """Loss and every gradient, to 1e-5, with an image of another size and padding in the batch."""
+    batch = bridge_batch(direction)
+    ours = reconstruction(model_type, eos_sees_target=eos_sees_target).double().train()
+    stock = CLASSES[model_type][2]._from_config(ours.config, attn_implementation="sdpa").double().train()
+    stock.load_state_dict(ours.model.state_dict())
+    if "pixel_values" in batch:
+        for name in ("pixel_values", "pixel_labels"):
+            batch[name] = batch[name].double()
+    output = ours(**{name: value for name, value in batch.items() if name != "unit_mask"})
+    output.loss.backward()
+    expected = plain_bridge_loss(stock, batch, eos_sees_target)
+    expected.backward()
+    torch.testing.assert_close(output.loss.double(), expected, atol=1e-5, rtol=0)
+    wanted = {name: p.grad for name, p in stock.named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in ours.model.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5, msg=name)
 
 
 @pytest.mark.gpu
@@ -330,6 +447,14 @@ def test_nothing_masked_is_an_error(model_type):
     batch["labels"][:] = -100
     with pytest.raises(ValueError, match="Nothing is masked"):
         reconstruction(model_type)(**batch)
+
+
+def test_the_eos_sees_the_target_by_default_in_the_layerwise_bridge_alone(backbone):
+    assert CocoaForReconstruction(backbone).eos_sees_target
+    assert not CocoaForReconstruction(backbone, bridge="embedding").eos_sees_target
+    assert not CocoaForReconstruction(backbone, eos_sees_target=False).eos_sees_target
+    with pytest.raises(ValueError, match="eos_sees_target=True needs bridge='layerwise'"):
+        CocoaForReconstruction(backbone, bridge="embedding", eos_sees_target=True)
 
 
 def test_an_unknown_bridge_is_an_error(backbone):
