@@ -133,7 +133,6 @@ def mine(
     To train on the result: a source {path: parquet, data_files: OUTPUT_DIR/NAME.parquet}.
     """
     from evaluation.assets import find_file
-    from evaluation.mmeb_tasks import IMAGE_SIZES
     from modeling_cocoa.files import written_whole
     from trainers.contrastive_rows import column_prompts, prompts_of
     from trainers.mining import load_encoder, mine_negatives
@@ -163,7 +162,7 @@ def mine(
                 sampling_strategy=sampling,
                 query_prompt=own.get("query"),
                 target_prompt=own.get("positive"),
-                image_size=IMAGE_SIZES.get(args.image_resolution),
+                image_size=args.image_size,
                 batch_size=batch_size,
                 seed=settings.seed,
             )

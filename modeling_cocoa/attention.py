@@ -96,9 +96,7 @@ def is_visible(
     return same_sample & visible
 
 
-def collaborative_mask(
-    segment_ids: Tensor, sample_ids: Tensor | None = None, eos_sees_target: bool = True
-) -> Tensor:
+def collaborative_mask(segment_ids: Tensor, sample_ids: Tensor | None = None, eos_sees_target: bool = True) -> Tensor:
     """
     Dense form of the mask.
 

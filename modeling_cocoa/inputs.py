@@ -9,7 +9,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -127,23 +127,67 @@ def read_input(item: Any, video_processor: Any, image_size: tuple[int, int] | No
     """
     if isinstance(item, Conversation):
         return item
-    reader = _Reader(video_processor, image_size)
-    if isinstance(item, Mapping) and ("role" in item or "content" in item):
-        item = [item]
-    if isinstance(item, (list, tuple)):
-        reader.read_messages(item)
-    else:
-        reader.add_message("user", reader.content_of(item))
-    return reader.conversation
+    return _Reader(partial(load_image, size=image_size), partial(read_video, video_processor=video_processor)).read(
+        item
+    )
+
+
+def input_messages(item: Any) -> list[dict[str, Any]]:
+    """
+    One input of any form as a conversation with its images and videos in place, as they were given: nothing is opened.
+
+    Args:
+        item: As in [`read_input`].
+
+    Returns:
+        `list[dict]`: `{"role", "content"}`, with `{"type": "text", "text"}`, `{"type": "image", "image"}` and
+        `{"type": "video", "video"}` as content.
+
+    Raises:
+        CocoaInputError: the item is of no form that there is; without a position.
+    """
+    conversation = _Reader(lambda image: image, lambda video: (video, None)).read(item)
+    media = {"image": iter(conversation.images), "video": iter(conversation.videos)}
+    for message in conversation.messages:
+        for part in message["content"]:
+            if part["type"] != "text":
+                part[part["type"]] = next(media[part["type"]])
+    return conversation.messages
+
+
+def input_parts(item: Any) -> list[dict[str, Any]]:
+    """
+    Content of all messages of an input, in the order in which the chat template places it; see [`input_messages`].
+
+    Raises:
+        CocoaInputError: the item is of no form that there is; without a position.
+    """
+    parts: list[dict[str, Any]] = []
+    for message in input_messages(item):
+        content = message["content"]
+        if sum(part["type"] == "text" for part in content) == 1:  # the template's rule, see build_chat_template
+            content = sorted(content, key=lambda part: part["type"] == "text")
+        parts += content
+    return parts
 
 
 class _Reader:
     """Builds one [`Conversation`]; media are loaded in the order in which the template places them."""
 
-    def __init__(self, video_processor: Any, image_size: tuple[int, int] | None) -> None:
-        self.video_processor = video_processor
-        self.image_size = image_size
+    def __init__(self, load_image: Callable[[Any], Any], load_video: Callable[[Any], tuple[Any, Any]]) -> None:
+        self.load_image = load_image
+        self.load_video = load_video
         self.conversation = Conversation()
+
+    def read(self, item: Any) -> Conversation:
+        """The conversation that an item of any form is."""
+        if isinstance(item, Mapping) and ("role" in item or "content" in item):
+            item = [item]
+        if isinstance(item, (list, tuple)):
+            self.read_messages(item)
+        else:
+            self.add_message("user", self.content_of(item))
+        return self.conversation
 
     def read_messages(self, messages: Sequence[Any]) -> None:
         if not messages:
@@ -197,6 +241,8 @@ class _Reader:
         """Content parts of an item that is no conversation."""
         if item is None:
             raise CocoaInputError("it is None; drop it, or give a text, an image or a dict.")
+        if isinstance(item, Mapping) and item and set(item) <= {"bytes", "path"}:  # a cell of datasets.Image
+            return [self.read_value("image", item)]
         if isinstance(item, Mapping):
             values = _without_none(item)
             _check_keys(values, ITEM_KEYS, "it")
@@ -217,9 +263,9 @@ class _Reader:
         if kind == "text":
             return _text_part(value)
         if kind == "image":
-            self.conversation.images.append(load_image(value, self.image_size))
+            self.conversation.images.append(self.load_image(value))
         else:
-            frames, metadata = read_video(value, self.video_processor)
+            frames, metadata = self.load_video(value)
             self.conversation.videos.append(frames)
             self.conversation.video_metadata.append(metadata)
         return {"type": kind}

@@ -203,7 +203,12 @@ class CocoaProcessor:
                 raise CocoaInputError(error.reason, position) from error
 
     def encode(
-        self, inputs: Sequence[Any], *, prompt: str | None = None, max_length: int | None = None
+        self,
+        inputs: Sequence[Any],
+        *,
+        prompt: str | None = None,
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
     ) -> list[dict[str, Tensor]]:
         """
         Encode a list of inputs, without padding.
@@ -215,6 +220,8 @@ class CocoaProcessor:
             prompt (`str`, *optional*): Instruction for these inputs instead of the processor's own; `""` for none.
             max_length (`int`, *optional*): Tokens of an input, the EOS among them; by default the tokenizer's. The
                 last text tokens are dropped beyond it, never tokens of an image or a video.
+            add_special_tokens (`bool`, defaults to `True`): Without them an input is its content alone, with neither
+                the header of its first message nor the EOS: what a target of reconstruction is.
 
         Returns:
             `list[dict]`: One an input, with `input_ids` and `mm_token_type_ids` (0 text, 1 image, 2 video) of shape
@@ -232,7 +239,7 @@ class CocoaProcessor:
         conversations = list(self.read(inputs))
         if not conversations:
             return []
-        features = self._call_stock(conversations, prompt)
+        features = self._call_stock(conversations, prompt, with_header=add_special_tokens)
         images = _split_media(features, "pixel_values", "image_grid_thw", [len(c.images) for c in conversations])
         videos = _split_media(
             features, "pixel_values_videos", "video_grid_thw", [len(c.videos) for c in conversations]
@@ -241,7 +248,9 @@ class CocoaProcessor:
         for position, ids in enumerate(map(torch.tensor, features["input_ids"])):
             if ids[-1] != self.eos_token_id:
                 raise CocoaInputError(f"its last token is not {EOS_TOKEN}: the tokenizer was changed.", position)
-            ids = self._truncate(ids, limit, position)
+            if not add_special_tokens:
+                ids = ids[:-1]
+            ids = self._truncate(ids, limit, position, has_eos=add_special_tokens)
             types = (ids == self.image_token_id).long() + 2 * (ids == self.video_token_id).long()
             rows.append({"input_ids": ids, "mm_token_type_ids": types, **images[position], **videos[position]})
         return rows
@@ -279,10 +288,15 @@ class CocoaProcessor:
                 batch[key] = torch.tensor([len(row.get(grid, ())) for row in encoded])
         return BatchFeature(batch)
 
-    def _call_stock(self, conversations: Sequence[Conversation], prompt: str | None) -> BatchFeature:
+    def _call_stock(
+        self, conversations: Sequence[Conversation], prompt: str | None, with_header: bool = True
+    ) -> BatchFeature:
         """Render and tokenize with the stock processor, with neither padding nor truncation."""
         system = [{"role": "system", "content": [{"type": "text", "text": prompt}]}] if prompt else []
         texts = self.processor.apply_chat_template([system + c.messages for c in conversations], tokenize=False)
+        if not with_header:
+            # Cut before tokenizing: a text that begins with a line break shares a token with the header's.
+            texts = [text.partition("\n")[2] for text in texts]
         media: dict[str, Any] = {}
         if images := [image for c in conversations for image in c.images]:
             media["images"] = images
@@ -294,17 +308,17 @@ class CocoaProcessor:
             text=texts, text_kwargs={"padding": False, "truncation": False, "verbose": False}, **media
         )
 
-    def _truncate(self, ids: Tensor, limit: int, position: int) -> Tensor:
+    def _truncate(self, ids: Tensor, limit: int, position: int, has_eos: bool) -> Tensor:
         """Drop the last text tokens, so that `limit` remain; those of media and the EOS stay."""
         excess = len(ids) - limit
         if excess <= 0:
             return ids
-        droppable = (~torch.isin(ids[:-1], self._vision_ids)).nonzero()[:, 0]
+        droppable = (~torch.isin(ids[: len(ids) - has_eos], self._vision_ids)).nonzero()[:, 0]
         if excess > len(droppable):
-            vision = len(ids) - 1 - len(droppable)
+            vision = len(ids) - has_eos - len(droppable)
             raise CocoaInputError(
-                f"its images and videos take {vision} tokens, which with the EOS exceed max_length={limit}; raise "
-                "max_length, or lower max_pixels.",
+                f"its images and videos take {vision} tokens, which {'with the EOS ' * has_eos}exceed "
+                f"max_length={limit}; raise max_length, or lower max_pixels.",
                 position,
             )
         keep = torch.ones_like(ids, dtype=torch.bool)

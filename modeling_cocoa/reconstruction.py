@@ -104,8 +104,8 @@ class CocoaForReconstruction(nn.Module):
             which is the head of a checkpoint with `tie_word_embeddings`.
         bridge (`"layerwise"` or `"embedding"`): How the target reaches its source: by attending to the EOS in every
             layer (the authors'), or to one token made from the final embedding by a linear layer.
-        eos_sees_target (`bool`, *optional*): Whether the EOS attends to the target, as in the authors' code; by default
-            `True` with the `layerwise` bridge, and `False` with `embedding`, where the embedding comes first.
+        eos_sees_target (`bool`, *optional*): Whether the EOS attends to the target, as in the authors' code; by
+            default `True` with the `layerwise` bridge, and `False` with `embedding`, where the embedding comes first.
         image_loss_weight (`float`, defaults to 0.5): Of the pixel loss against the text loss.
         normalize_pixels (`bool`, defaults to `True`): Predict each patch at zero mean and unit variance; otherwise
             the processor's pixel values as they are.

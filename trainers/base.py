@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from transformers.integrations.deepspeed import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from evaluation.mmeb_tasks import IMAGE_SIZES
 from hub_cards.push import push_model
 from modeling_cocoa.checkpoint_files import check_is_there
 from modeling_cocoa.processing_cocoa import CocoaProcessor
@@ -50,6 +52,13 @@ class SharedOptions:
     )
     min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to this many pixels."})
     max_pixels: int | None = field(default=None, metadata={"help": "Larger images are reduced to this many pixels."})
+    image_resolution: str | None = field(
+        default=None,
+        metadata={
+            "help": "Stretch every image to a square: a side in pixels, such as 336, or VLM2Vec's 'high' (1344), "
+            "'mid' (672), 'low' (128). By default images keep their shape, between min_pixels and max_pixels."
+        },
+    )
     check_data: bool = field(
         default=True,
         metadata={"help": "Read every row once before the first step, and act on bad ones then (see on_bad_sample)."},
@@ -71,6 +80,14 @@ class SharedOptions:
 
     def __post_init__(self) -> None:
         check_choices(self, "on_bad_sample")
+        if self.image_resolution is not None:
+            self.image_resolution = str(self.image_resolution)  # a number in a recipe
+            known = self.image_resolution in IMAGE_SIZES
+            if not known and not re.fullmatch(r"[1-9][0-9]*", self.image_resolution):
+                raise ValueError(
+                    f"image_resolution must be a side in pixels or one of {list(IMAGE_SIZES)}; got "
+                    f"{self.image_resolution!r}."
+                )
         if unknown := [part for part in self.freeze_parts if part not in PARTS]:
             raise ValueError(f"freeze_parts must be of {list(PARTS)}; got {unknown}.")
         if self.push_to_hub:
@@ -79,6 +96,13 @@ class SharedOptions:
                 "trainer.push_to_hub() after training."
             )
         super().__post_init__()
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Width and height to which images are stretched, in pixels; none where they keep their shape."""
+        if self.image_resolution is None:
+            return None
+        return IMAGE_SIZES.get(self.image_resolution) or (int(self.image_resolution),) * 2
 
     def load_processor(self, name: str | os.PathLike, **kwargs: Any) -> CocoaProcessor:
         """

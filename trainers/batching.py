@@ -17,11 +17,8 @@ from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 
 from .collators import choose_parts
-from .datasets import EpochSampler
-from .rows import parts_of, undecoded
-
-ROWS_AT_ONCE = 1024
-"""Rows that are counted at a time."""
+from .datasets import ROWS_AT_ONCE, EpochSampler
+from .rows import is_pair, parts_of, undecoded
 
 
 class TokenBatchSampler(Sampler[list[int]]):
@@ -78,36 +75,40 @@ class TokenBatchSampler(Sampler[list[int]]):
         return batches
 
 
-def count_row_tokens(dataset: Dataset, processor: CocoaProcessor) -> np.ndarray:
+def count_row_tokens(dataset: Dataset, processor: CocoaProcessor, size: tuple[int, int] | None = None) -> np.ndarray:
     """
-    Tokens of each row's images, with the two around each, and of its texts; 0 for a side it lacks.
+    Tokens of each row's images, with the two around each, and of its texts; 0 for what it lacks. The texts of a pair
+    count as one, which in the bridge, where they are apart, is a line break too many.
 
-    Pictures are not decoded: their files say their size.
+    Images are not decoded: their files say their size.
 
     Args:
         dataset ([`~datasets.Dataset`]): Rows in any of the forms of [`~rows.parts_of`].
         processor ([`CocoaProcessor`]).
+        size (`tuple[int, int]`, *optional*): Width and height to which every image is stretched.
 
     Returns:
-        `np.ndarray` of shape `(rows, 2)`: image tokens and text tokens. An image that cannot be read, and a row that
-        is none, count nothing; whoever reads them later says so.
+        `np.ndarray` of shape `(rows, 3)`: image tokens, text tokens, and 1 for a pair. An image that cannot be read,
+        and a row that is none, count nothing; whoever reads them later says so.
     """
     settings = processor.image_processor
     dataset = dataset.cast(undecoded(dataset.features))
-    counts = np.zeros((len(dataset), 2), dtype=np.int64)
+    counts = np.zeros((len(dataset), 3), dtype=np.int64)
     with tqdm(total=len(dataset), desc="Counting tokens", unit="row", leave=False) as bar:
         for start in range(0, len(dataset), ROWS_AT_ONCE):
             texts: list[tuple[int, str]] = []
             rows = dataset.select(range(start, min(start + ROWS_AT_ONCE, len(dataset))))
             for place, row in enumerate(rows, start):
+                counts[place, 2] = is_pair(row)
                 try:
                     parts = parts_of(row)
                 except CocoaInputError:
                     continue
                 texts += [(place, part["text"]) for part in choose_parts(parts, ("text",))]
-                for size in (image_size(part["image"]) for part in parts if part["type"] == "image"):
-                    if size is not None:
-                        patches = settings.get_number_of_image_patches(size[1], size[0])
+                for image in (part["image"] for part in parts if part["type"] == "image"):
+                    if (seen := image_size(image)) is not None:
+                        width, height = seen if size is None else size
+                        patches = settings.get_number_of_image_patches(height, width)
                         counts[place, 0] += patches // settings.merge_size**2 + 2
             if texts:
                 encoded = processor.tokenizer([text for _, text in texts], add_special_tokens=False, verbose=False)

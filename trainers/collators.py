@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,11 +13,19 @@ import torch
 from torch import Tensor
 
 from modeling_cocoa.attention import EOS, SOURCE, TARGET
-from modeling_cocoa.inputs import CocoaInputError, load_image
+from modeling_cocoa.inputs import CocoaInputError, input_parts, load_image
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 
-from .masking import IGNORE_INDEX, check_ratio, choose, mask_text
-from .rows import Part, join_texts, opened, parts_of
+from .masking import IGNORE_INDEX, check_ratios, choose, mask_text
+from .rows import (
+    NoTargetTextError,
+    Part,
+    is_pair,
+    join_texts,
+    open_images,
+    parts_of,
+    source_and_target,
+)
 
 DIRECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "image_to_text": (("image",), ("text",)),
@@ -25,7 +34,10 @@ DIRECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "image_to_image": (("image",), ("image",)),
     "both_to_both": (("image", "text"), ("image", "text")),
 }
-"""Bridge directions: what the source holds, what the target holds."""
+"""Bridge directions of rows of one side: what the source holds, what the target holds."""
+
+DIRECTION_WEIGHTS = {name: 1.0 for name, (_, target) in DIRECTIONS.items() if target == ("text",)}
+"""The directions that are trained where none are asked for: those whose target is a text, as in the authors' code."""
 
 WARMUP = "warmup"
 
@@ -53,7 +65,8 @@ class Example:
     One training row: `source · EOS`, and in the bridge a target.
 
     Args:
-        direction (`str`): One of [`DIRECTIONS`], or [`WARMUP`].
+        direction (`str`): One of [`DIRECTIONS`], [`WARMUP`], or of a pair `image_to_text`, `text_to_text` or
+            `both_to_text`.
         source, target ([`Segment`]).
         row (`int`, *optional*): Its number in the dataset.
     """
@@ -75,20 +88,26 @@ class ReconstructionCollator:
     Turns rows, in any of the forms of [`~rows.parts_of`] and each with a `seed`, into the arguments of
     [`CocoaForReconstruction`].
 
-    A row has images, texts, or both. In the warm-up it becomes one masked sequence; in the bridge a direction is
-    drawn for it among those it can serve, in proportion to their weights. Every draw of a row comes from its `seed`
-    alone, so neither the number of workers nor a resumed run changes what is masked.
+    In the warm-up a row becomes one masked sequence. In the bridge, a pair's query is the source, encoded as the
+    contrastive stage encodes it, and its positive's text the target (see [`~rows.source_and_target`]); for a row of
+    one side a direction is drawn among those it can serve, in proportion to their weights. Every draw of a row comes
+    from its `seed` alone, so neither the number of workers nor a resumed run changes what is masked.
+
+    Defaults marked "authors" are those of the launch scripts in the authors' repository.
 
     Args:
         processor ([`CocoaProcessor`]).
         stage (`"warmup"` or `"bridge"`).
-        text_mask_ratio (`float`, defaults to 0.4): Of the text in the warm-up (MoCa).
-        image_mask_ratio (`float`, defaults to 0.5): Of the units of an image in the warm-up (MoCa).
-        image_mask_fill (`"noise"` or `"zeros"`): What stands in a hidden patch: one vector of noise, or zeros.
-        source_mask_ratio, target_mask_ratio (`float`, defaults to 0.15 and 0.7): Of the text in the bridge.
-        direction_weights (`dict[str, float]`): Weight of each of [`DIRECTIONS`]; those left out weigh 0.
-        on_bad_sample (`"raise"` or `"skip"`): What to do with a row that cannot be read. Skipped rows are counted in
-            `num_skipped` of the batch.
+        text_mask_ratio (`float`, defaults to 0.2): Of the text in the warm-up (authors).
+        image_mask_ratio (`float`, defaults to 0.5): Of the units of an image in the warm-up (authors' figure; MoCa).
+        image_mask_fill (`"noise"` or `"zeros"`): What stands in a hidden patch: one vector of noise (MoCa), or zeros.
+        source_mask_ratio (`float`, defaults to 0): Of the source's text in the bridge (authors: nothing).
+        target_mask_ratio (`float`, defaults to 0.7): Of the target's text in the bridge (authors).
+        direction_weights (`dict[str, float]`): Weight of each of [`DIRECTIONS`] for rows of one side; those left out
+            weigh 0. By default those whose target is a text.
+        image_size (`tuple[int, int]`, *optional*): Width and height that images are stretched to.
+        on_bad_sample (`"raise"` or `"skip"`): What to do with a row that cannot be read. Skipped rows, and pairs
+            without a text to rebuild, are counted in `num_skipped` of the batch.
 
     Raises:
         ValueError: an option is out of range; a row cannot be read (names the row); no row of a batch can be read.
@@ -96,17 +115,17 @@ class ReconstructionCollator:
 
     processor: CocoaProcessor
     stage: Literal["warmup", "bridge"] = "warmup"
-    text_mask_ratio: float = 0.4
+    text_mask_ratio: float = 0.2
     image_mask_ratio: float = 0.5
     image_mask_fill: Literal["noise", "zeros"] = "noise"
-    source_mask_ratio: float = 0.15
+    source_mask_ratio: float = 0.0
     target_mask_ratio: float = 0.7
-    direction_weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(DIRECTIONS, 1.0))
+    direction_weights: Mapping[str, float] = field(default_factory=lambda: dict(DIRECTION_WEIGHTS))
+    image_size: tuple[int, int] | None = None
     on_bad_sample: Literal["raise", "skip"] = "raise"
 
     def __post_init__(self) -> None:
-        for name in ("text_mask_ratio", "image_mask_ratio", "source_mask_ratio", "target_mask_ratio"):
-            check_ratio(name, getattr(self, name))
+        check_ratios(self)
         for name, allowed in (
             ("stage", ("warmup", "bridge")),
             ("image_mask_fill", ("noise", "zeros")),
@@ -123,10 +142,9 @@ class ReconstructionCollator:
         if self.stage == "bridge" and not any(self.direction_weights.values()):
             raise ValueError("direction_weights are all 0: there is no direction to train.")
         tokenizer = self.processor.tokenizer
-        frame = tokenizer("<|im_start|>user\n", add_special_tokens=False, return_tensors="pt")
-        self._header_ids = frame["input_ids"][0]
-        self._header = len(self._header_ids)
-        self._frame = self._header + 1  # and the EOS
+        # Around the content of a message: its header, and the EOS.
+        self._frame = len(tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"]) + 1
+        self._start_id = tokenizer.convert_tokens_to_ids("<|im_start|>")
         self._special = torch.tensor(sorted(set(tokenizer.get_added_vocab().values())))
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -137,12 +155,12 @@ class ReconstructionCollator:
                 examples.append(self.example(row))
             except CocoaInputError as error:
                 problems.append(f"row {row.get('index')}: {error.reason}")
-        if problems and (self.on_bad_sample == "raise" or not examples):
-            raise ValueError(
-                f"Cannot train on {problems[0]} Mend the row, or set on_bad_sample='skip'."
-                if examples or self.on_bad_sample == "raise"
-                else f"No row of this batch can be read; the first: {problems[0]}"
-            )
+                if self.on_bad_sample == "raise" and not isinstance(error, NoTargetTextError):
+                    raise ValueError(
+                        f"Cannot train on {problems[-1]} Repair the row, or set on_bad_sample='skip'."
+                    ) from error
+        if not examples:
+            raise ValueError(f"No row of this batch can be used; the first: {problems[0]}")
         return {**self.collate(examples), "num_skipped": len(problems)}
 
     def example(self, row: Mapping[str, Any]) -> Example:
@@ -150,20 +168,46 @@ class ReconstructionCollator:
         Choose a direction for one row, and its masks.
 
         Raises:
+            NoTargetTextError: it is a pair without a text to rebuild.
             CocoaInputError: the row has neither image nor text, or one that cannot be read, or nothing to mask.
         """
+        if self.stage == "bridge" and is_pair(row):
+            return self._pair_example(row)
         return self._example(parts_of(row), row)
+
+    def _pair_example(self, row: Mapping[str, Any]) -> Example:
+        source, text = source_and_target(row)
+        encoded_source = self._encode(source)
+        encoded_target = self._encode({"text": text}, max_length=sys.maxsize, add_special_tokens=False)
+        length = len(encoded_target["input_ids"])
+        if length > self.processor.max_length:
+            raise CocoaInputError(
+                f"the text to rebuild has {length} tokens, more than max_length={self.processor.max_length}; raise "
+                "max_length, or shorten the text."
+            )
+        kinds = {part["type"] for part in input_parts(source)}
+        direction = f"{'both' if len(kinds) > 1 else kinds.pop()}_to_text"
+        return self._bridge_example(direction, encoded_source, encoded_target, np.random.default_rng(row["seed"]), row)
 
     def _example(self, parts: list[Part], row: Mapping[str, Any]) -> Example:
         generator = np.random.default_rng(row["seed"])
         if self.stage == "warmup":
             source = self._segment(
-                self._encode(parts), generator, text_ratio=self.text_mask_ratio, image_ratio=self.image_mask_ratio
+                self._encode_parts(parts),
+                generator,
+                text_ratio=self.text_mask_ratio,
+                image_ratio=self.image_mask_ratio,
             )
             return checked(Example(WARMUP, source, row=row.get("index")))
         direction = self._draw_direction({part["type"] for part in parts}, generator)
-        source, target = (self._encode(choose_parts(parts, kinds)) for kinds in DIRECTIONS[direction])
-        return self._bridge_example(direction, source, target, generator, row)
+        source, target = (choose_parts(parts, kinds) for kinds in DIRECTIONS[direction])
+        return self._bridge_example(
+            direction,
+            self._encode_parts(source),
+            self._encode_parts(target, add_special_tokens=False),
+            generator,
+            row,
+        )
 
     def _bridge_example(
         self,
@@ -175,14 +219,6 @@ class ReconstructionCollator:
     ) -> Example:
         source = self._segment(encoded_source, generator, text_ratio=self.source_mask_ratio)
         target = self._segment(encoded_target, generator, text_ratio=self.target_mask_ratio, image_ratio=1.0)
-        # A target has neither the template's header nor an EOS of its own.
-        if not torch.equal(target.input_ids[: self._header].cpu(), self._header_ids):
-            raise CocoaInputError(
-                f"its images leave no room for the {self._frame} tokens around a message within max_length="
-                f"{self.processor.max_length}; raise max_length, or lower max_pixels."
-            )
-        target.input_ids = target.input_ids[self._header : -1]
-        target.labels = target.labels[self._header : -1]
         return checked(Example(direction, source, target, row.get("index")))
 
     def check(self, row: Mapping[str, Any]) -> None:
@@ -192,32 +228,36 @@ class ReconstructionCollator:
         Raises:
             CocoaInputError: it cannot be trained on.
         """
+        if self.stage == "warmup" or is_pair(row):
+            self.example(row)
+            return
         parts = parts_of(row)
         for part in parts:
             if part["type"] == "image":
-                part["image"] = load_image(opened(part["image"]))
-        if self.stage == "warmup":
-            self._example(parts, row)
-            return
+                part["image"] = load_image(open_images(part["image"]), self.image_size)
         generator = np.random.default_rng(row["seed"])
-        directions = self._possible_directions({part["type"] for part in parts})
-        needed = {kinds for direction in directions for kinds in DIRECTIONS[direction]}
-        encoded = {kinds: self._encode(choose_parts(parts, kinds)) for kinds in needed}
-        for direction in directions:
-            source, target = (encoded[kinds] for kinds in DIRECTIONS[direction])
-            self._bridge_example(direction, source, target, generator, row)
+        for direction in self._possible_directions({part["type"] for part in parts}):
+            source, target = (choose_parts(parts, kinds) for kinds in DIRECTIONS[direction])
+            self._bridge_example(
+                direction,
+                self._encode_parts(source),
+                self._encode_parts(target, add_special_tokens=False),
+                generator,
+                row,
+            )
 
-    def count_tokens(self, image: int, text: int, seed: Any) -> int:
+    def count_tokens(self, image: int, text: int, is_pair: int, seed: Any) -> int:
         """
         Tokens of the example that a row becomes, before it is cut to `max_length`.
 
         Args:
             image, text (`int`): Tokens of its images, with those around them, and of its texts; 0 for a side that it
                 lacks.
+            is_pair (`int`): Whether it is a pair.
             seed: Of the row.
         """
         of = {name: count for name, count in (("image", image), ("text", text)) if count}
-        if self.stage == "warmup" or not of:
+        if self.stage == "warmup" or is_pair or not of:
             return self._frame + sum(of.values())
         try:
             source, target = DIRECTIONS[self._draw_direction(set(of), np.random.default_rng(seed))]
@@ -241,10 +281,29 @@ class ReconstructionCollator:
             raise CocoaInputError(f"it has only {sorted(kinds)}, which no direction with a weight above 0 can use.")
         return possible
 
-    def _encode(self, parts: list[Part]) -> dict[str, Tensor]:
-        """One message of the parts, as the processor encodes it."""
-        content = [{**part, "image": opened(part["image"])} if part["type"] == "image" else part for part in parts]
-        return self.processor.encode([[{"role": "user", "content": content}]], prompt="")[0]
+    def _encode(self, item: Any, **options: Any) -> dict[str, Tensor]:
+        """An input of any form, as the processor encodes it; `options` are those of its `encode`."""
+        return self.processor.encode([open_images(item, self.image_size)], prompt="", **options)[0]
+
+    def _encode_parts(self, parts: list[Part], **options: Any) -> dict[str, Tensor]:
+        """The parts as one message."""
+        return self._encode([{"role": "user", "content": parts}], **options)
+
+    def _is_template(self, ids: Tensor) -> Tensor:
+        """Which tokens the chat template wrote: special ones, roles, and the line breaks around them."""
+        is_special = torch.isin(ids, self._special)
+        is_template = is_special.clone()
+        for start in (ids == self._start_id).nonzero()[:, 0].tolist():
+            if start and not is_special[start - 1]:
+                is_template[start - 1] = True  # the line break behind the message before
+            for place in range(start + 1, len(ids)):
+                if is_special[place]:
+                    break
+                is_template[place] = True
+                # The last token of a header, which may hold line breaks of the text as well.
+                if "\n" in self.processor.tokenizer.decode(ids[place]):
+                    break
+        return is_template
 
     def _segment(
         self,
@@ -255,9 +314,9 @@ class ReconstructionCollator:
         image_ratio: float | None = None,
     ) -> Segment:
         ids = encoded["input_ids"]
-        maskable = ~torch.isin(ids, self._special)
-        maskable[: self._header] = False
-        masked_ids, labels = mask_text(ids, maskable, text_ratio, self.processor.mask_token_id, generator)
+        masked_ids, labels = mask_text(
+            ids, ~self._is_template(ids), text_ratio, self.processor.mask_token_id, generator
+        )
         segment = Segment(masked_ids, labels)
         if "pixel_values" in encoded:
             pixels, grid = encoded["pixel_values"], encoded["image_grid_thw"]

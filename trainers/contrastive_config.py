@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
 
-from .base import SharedOptions, check_choices
+from .base import SharedOptions
 
 SMALLEST_TEMPERATURE = 0.01
 """Of a learned one; as in CLIP (arXiv 2103.00020, section 2.5)."""
+
+
+MINI_BATCH_SIZE = 8
+"""Inputs at a time, where a step is not bounded by tokens."""
 
 
 @dataclass
@@ -20,22 +24,29 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
     Arguments of [`CocoaContrastiveTrainer`]: those of
     [`~sentence_transformers.SentenceTransformerTrainingArguments`] and the ones below.
 
-    Defaults are the method's: learning rate 2e-5 with linear decay and 5 % warm-up, gradients clipped at 5, 24 pairs a
-    device, temperature 0.03.
+    Defaults are those of the authors' launch script: learning rate 2e-5 with linear decay and 10 % warm-up (200 of
+    2,000 steps), 128 pairs a device, computed 8 at a time (GradCache), temperature 0.02. They train DoRA adapters;
+    without a `peft_config` all weights train, for which 2e-5 is a usual rate too.
 
     Raises:
         ValueError: an option is out of range; says which, and the range.
     """
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: float = field(
-        default=0.05, metadata={"help": "Steps of linear warm-up; below 1, their share of all steps."}
+    learning_rate: float = field(
+        default=2e-5, metadata={"help": "Peak learning rate of AdamW (CoCoA's authors: 2e-5, with DoRA adapters)."}
     )
-    max_grad_norm: float = field(default=5.0, metadata={"help": "Largest gradient norm; larger ones are scaled down."})
-    per_device_train_batch_size: int = field(default=24, metadata={"help": "Pairs a device and step."})
+    warmup_steps: float = field(
+        default=0.1,
+        metadata={"help": "Steps of linear warm-up; below 1, their share of all steps (authors: 200 of 2,000)."},
+    )
+    per_device_train_batch_size: int = field(
+        default=128, metadata={"help": "Pairs a device and step (authors: 128 on each of eight)."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
 
-    temperature: float = field(default=0.03, metadata={"help": "Cosines are divided by this before the softmax."})
+    temperature: float = field(
+        default=0.02, metadata={"help": "Cosines are divided by this before the softmax (authors: 0.02)."}
+    )
     learnable_temperature: bool = field(
         default=False,
         metadata={
@@ -57,10 +68,10 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
     )
 
     mini_batch_size: int | None = field(
-        default=None,
+        default=MINI_BATCH_SIZE,
         metadata={
-            "help": "Compute a step's embeddings this many at a time (GradCache): same gradients, less memory. By "
-            "default all at once."
+            "help": "Compute a step's embeddings this many at a time (GradCache; authors: 8): same gradients, less "
+            "memory, a third more time. None computes all at once. Left out where mini_batch_num_tokens is given."
         },
     )
     mini_batch_num_tokens: int | None = field(
@@ -112,14 +123,6 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
             "help": "Instruction before positives and negatives: one, which `encode_document` uses too, or by dataset."
         },
     )
-    image_resolution: str | None = field(
-        default=None,
-        metadata={
-            "help": "Stretch every image to a square as VLM2Vec does: 'high' (1344), 'mid' (672), 'low' (128). By "
-            "default images keep their shape, between `min_pixels` and `max_pixels`.",
-            "choices": ["high", "mid", "low"],
-        },
-    )
     evaluate_retrieval: bool = field(
         default=False,
         metadata={
@@ -145,10 +148,10 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
                 raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}.")
         if self.num_hard_negatives is not None and self.num_hard_negatives < 0:
             raise ValueError(f"num_hard_negatives must be 0 or more; got {self.num_hard_negatives}.")
+        if self.mini_batch_num_tokens is not None and self.mini_batch_size == MINI_BATCH_SIZE:
+            self.mini_batch_size = None
         if self.mini_batch_size is not None and self.mini_batch_num_tokens is not None:
             raise ValueError("mini_batch_size and mini_batch_num_tokens say the same; give one of them.")
-        if self.image_resolution is not None:
-            check_choices(self, "image_resolution")
         self._check_matryoshka()
         for name in ("symmetric", "learnable_temperature"):
             if self.false_negative_margin is not None and getattr(self, name):

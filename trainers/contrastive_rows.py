@@ -10,11 +10,11 @@ from typing import Any
 from datasets import Dataset
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
-from modeling_cocoa.inputs import CocoaInputError, read_input
+from modeling_cocoa.inputs import CocoaInputError
 
 from .contrastive_config import CocoaContrastiveConfig
 from .datasets import check_rows
-from .rows import opened, undecoded
+from .rows import open_images, undecoded
 
 
 @dataclass
@@ -54,15 +54,13 @@ class ContrastiveCollator(SentenceTransformerDataCollator):
         Raises:
             CocoaInputError: one is.
         """
-        rows = [{name: opened(value) for name, value in row.items()} for row in features]
-        if self.image_size is not None:
-            rows = [
-                {
-                    name: cell if name == "dataset_name" else stretched(cell, self.image_size)
-                    for name, cell in row.items()
-                }
-                for row in rows
-            ]
+        rows = [
+            {
+                name: cell if name == "dataset_name" else open_images(cell, self.image_size)
+                for name, cell in row.items()
+            }
+            for row in features
+        ]
         return super().__call__(rows)
 
     def _can_read(self, row: dict[str, Any]) -> bool:
@@ -71,28 +69,6 @@ class ContrastiveCollator(SentenceTransformerDataCollator):
         except CocoaInputError:
             return False
         return True
-
-
-def stretched(item: Any, size: tuple[int, int]) -> list[dict[str, Any]]:
-    """
-    An input of any form as a conversation, its images of one size.
-
-    Args:
-        item: As in [`CocoaProcessor.encode`].
-        size (`tuple[int, int]`): Width and height, in pixels.
-
-    Raises:
-        CocoaInputError: it cannot be read, or has a video.
-    """
-    conversation = read_input(item, None, size)
-    if conversation.videos:
-        raise CocoaInputError("it has a video; image_resolution is for images.")
-    images = iter(conversation.images)
-    for message in conversation.messages:
-        for part in message["content"]:
-            if part["type"] == "image":
-                part["image"] = next(images)
-    return conversation.messages
 
 
 def readable_rows(
@@ -117,7 +93,8 @@ def readable_rows(
     if not args.check_data:
         return dataset
     known = {} if key is None else {"dataset_name": key}  # which has prompts of its own
-    good = check_rows(dataset, lambda row: collator.check([{**row, **known}]), name, args.on_bad_sample)
+    rows = range(len(dataset))
+    good = check_rows(rows, lambda row: collator.check([{**dataset[row], **known}]), name, args.on_bad_sample)
     return dataset if len(good) == len(dataset) else dataset.select(good)
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from evaluation.mmeb_tasks import IMAGE_SIZES
 from hub_cards.card_data import CocoaModelCardData
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
@@ -133,7 +132,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             model.preprocess,
             prompts=args.prompts,
             on_bad_sample=args.on_bad_sample,
-            image_size=IMAGE_SIZES.get(args.image_resolution),
+            image_size=args.image_size,
         )
         train_dataset, eval_dataset = (
             readable_rows(dataset, collator, name, args)
@@ -308,7 +307,8 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         if self.is_deepspeed_enabled:
             raise ValueError(
                 "GradCache (mini_batch_size, mini_batch_num_tokens, false_negative_margin) makes several backward "
-                "passes a step, which DeepSpeed does not take: use trainers/accelerate_configs/fsdp2.yaml."
+                "passes a step, which DeepSpeed does not take: set mini_batch_size to None, or use "
+                "trainers/accelerate_configs/fsdp2.yaml."
             )
         if self.args.mini_batch_num_tokens is not None:
             raise ValueError(

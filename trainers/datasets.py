@@ -9,32 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Image, IterableDataset, Sequence, Value, concatenate_datasets, interleave_datasets
+from datasets import Dataset, Image
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .rows import ROW_COLUMNS, undecoded
+from modeling_cocoa.inputs import CocoaInputError, input_parts
+
+from .rows import PAIR_COLUMNS, choose_columns, has_image, undecoded
 
 logger = logging.get_logger(__name__)
 
+ROWS_AT_ONCE = 1024
+"""Rows of a table that are read at a time."""
 
-def mix_datasets(
-    parts: Mapping[str, Dataset | IterableDataset], weights: Mapping[str, float] | None, seed: int
-) -> Dataset | IterableDataset:
-    """
-    Several datasets as one, of which each next row comes from one that is drawn by weight.
 
-    Args:
-        parts (`Mapping[str, Dataset or IterableDataset]`): By name. Columns that rows are not read from are left out.
-            Where one of them is streamed, all are.
-        weights (`Mapping[str, float]`, *optional*): Of each. The mixture ends when every dataset has been seen whole,
-            the others more than once meanwhile. Without weights every row occurs once (and streams take turns).
-        seed (`int`): Of the draws.
-
-    Raises:
-        ValueError: there are no datasets, names differ from the weights', or a weight is not above 0.
-    """
+def check_weights(parts: Mapping[str, Any], weights: Mapping[str, float] | None) -> None:
+    """Raise `ValueError` where there are no datasets, or the weights are not one above 0 for each."""
     if not parts:
         raise ValueError("There are no datasets to train on.")
     if weights is not None and (set(weights) != set(parts) or any(weight <= 0 for weight in weights.values())):
@@ -42,78 +33,103 @@ def mix_datasets(
             f"dataset_weights must give a weight above 0 for each of {list(parts)}, and nothing else; "
             f"got {dict(weights)}."
         )
-    is_streamed = any(isinstance(part, IterableDataset) for part in parts.values())
-    chosen: list[Any] = []
-    for name, part in parts.items():
-        known = part.column_names
-        if known is None:  # of a stream, whose rows alone tell
-            known = list(next(iter(part.take(1)), {}))
-        columns = [column for column in ROW_COLUMNS if column in known]
-        if not columns:
-            raise ValueError(f"Dataset {name!r} needs a column of {list(ROW_COLUMNS)}; it has {known}.")
-        part = with_image_columns(part.select_columns(columns))
-        chosen.append(part.to_iterable_dataset() if is_streamed and isinstance(part, Dataset) else part)
-    if len(chosen) == 1:
-        return chosen[0]
-    if weights is None and not is_streamed:
-        return concatenate_datasets(chosen)
-    shares = None
-    if weights is not None:
-        total = sum(weights.values())
-        shares = [weights[name] / total for name in parts]
-    return interleave_datasets(chosen, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
-
-
-def with_image_columns(part: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The same rows, paths of images being images: only then do they mix with those of other datasets."""
-    path = Value("string")
-    for name, paths, images in (("image", path, Image()), ("images", Sequence(path), Sequence(Image()))):
-        if (part.features or {}).get(name) == paths:
-            part = part.cast_column(name, images)
-    return part
 
 
 class ReconstructionDataset(torch.utils.data.Dataset):
     """
-    Rows in any of the forms of [`~rows.parts_of`], each with a seed of its own for every epoch.
+    Rows in any of the forms of [`~rows.parts_of`], of one or several datasets, each with a seed of its own for every
+    epoch.
 
     Indexed by `epoch * len(dataset) + row` (see [`EpochSampler`]), so a visit's seed follows from the index alone.
-    `rows` are those of the dataset that it has; fewer than all where [`check_rows`] found bad ones.
+    Rows keep their own form: datasets whose columns are of different kinds mix.
 
     Args:
-        dataset ([`~datasets.Dataset`]): With at least one of the columns; a row may lack either (None).
+        dataset ([`~datasets.Dataset`] or a dict of them by name): With the columns of [`~rows.choose_columns`]; a row
+            of one side may lack an image or a text (None).
         seed (`int`): Of the run.
+        weights (`Mapping[str, float]`, *optional*): How often each dataset is drawn from, relative to the others: an
+            epoch ends when every dataset has been seen whole, and repeats the others meanwhile. Without weights every
+            row occurs once.
+
+    Attributes:
+        parts (`dict[str, Dataset]`): By name, `""` where there is one only.
+        places (`np.ndarray` of shape `(rows, 2)`): Of each row of an epoch, the number of its dataset and its own.
 
     Raises:
-        ValueError: the dataset has neither column, or no rows.
+        ValueError: there are no datasets, or weights that do not fit; one lacks the columns, or has no rows.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        present = [name for name in ROW_COLUMNS if name in dataset.column_names]
-        if not present:
-            raise ValueError(
-                f"The dataset needs a column of {list(ROW_COLUMNS)}; it has {dataset.column_names}. "
-                "Rename yours with dataset.rename_column(...)."
-            )
-        if not len(dataset):
-            raise ValueError("The dataset has no rows.")
-        dataset = dataset.select_columns(present)
-        self.dataset = dataset.cast(undecoded(dataset.features))
+    def __init__(
+        self, dataset: Dataset | Mapping[str, Dataset], seed: int, weights: Mapping[str, float] | None = None
+    ) -> None:
+        datasets = {"": dataset} if isinstance(dataset, Dataset) else dataset
+        check_weights(datasets, weights)
         self.seed = seed
-        self.rows: SequenceOf[int] = range(len(dataset))
+        self.weights = weights
+        self.parts: dict[str, Dataset] = {}
+        for name, part in datasets.items():
+            what = f"The dataset {name!r}" if name else "The dataset"
+            part = part.select_columns(choose_columns(part.column_names, what))
+            if not len(part):
+                raise ValueError(f"{what} has no rows.")
+            self.parts[name] = part.cast(undecoded(part.features))
+        self.keep({name: range(len(part)) for name, part in self.parts.items()})
+
+    def keep(self, rows: Mapping[str, SequenceOf[int]]) -> None:
+        """Use some rows of each dataset only."""
+        sizes = {name: len(rows[name]) for name in self.parts}
+        counts = dict(sizes)
+        if self.weights is not None:
+            scale = max(size / self.weights[name] for name, size in sizes.items())
+            counts = {name: max(size, round(self.weights[name] * scale)) for name, size in sizes.items()}
+        self.kept = {name: np.asarray(rows[name], dtype=np.int64) for name in self.parts}
+        self.places = np.concatenate(
+            [
+                np.stack([np.full(counts[name], number), np.resize(self.kept[name], counts[name])], axis=1)
+                for number, name in enumerate(self.parts)
+            ]
+        )
+
+    def check(self, read: Callable[[Mapping[str, Any]], Any], what: str, on_bad_sample: str) -> None:
+        """
+        Read every row of every dataset once, and leave bad ones out; see [`check_rows`].
+
+        Args:
+            read (`Callable`): Does with a row what the trainer will do.
+            what (`str`): What the rows are for, for the progress bar and the error.
+            on_bad_sample (`"raise"` or `"skip"`).
+
+        Raises:
+            ValueError: a row is bad; or with `"skip"`, all rows of a dataset are.
+        """
+        good: dict[str, SequenceOf[int]] = {}
+        for name, part in self.parts.items():
+            rows = self.kept[name].tolist()  # none, where no pair has a text to rebuild
+            label = f"{what} ({name})" if name else what
+
+            def read_row(row: int, part: Dataset = part) -> None:
+                read({**part[row], "index": row, "seed": (self.seed, 0, row)})
+
+            good[name] = check_rows(rows, read_row, label, on_bad_sample) if rows else rows
+        self.keep(good)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.places)
 
     def __getitem__(self, key: int) -> dict[str, Any]:
-        index, seed = self.visit(key)
-        return {**self.dataset[index], "index": index, "seed": seed}
+        name, row, seed = self.visit(key)
+        return {**self.parts[name][row], "index": row_name(name, row), "seed": seed}
 
-    def visit(self, key: int) -> tuple[int, tuple[int, int, int]]:
-        """The row that an index means, and the seed of that visit."""
-        epoch, place = divmod(int(key), len(self.rows))
-        index = self.rows[place]
-        return index, (self.seed, epoch, index)
+    def visit(self, key: int) -> tuple[str, int, tuple[int, int, int]]:
+        """The dataset and the row that an index means, and the seed of that visit."""
+        epoch, place = divmod(int(key), len(self.places))
+        part, row = self.places[place].tolist()
+        return list(self.parts)[part], row, (self.seed, epoch, place)
+
+
+def row_name(dataset: str, row: int) -> Any:
+    """What a row is called in messages: its number, and of several datasets which."""
+    return f"{row} of {dataset!r}" if dataset else row
 
 
 class EpochSampler(Sampler[int]):
@@ -143,33 +159,85 @@ class EpochSampler(Sampler[int]):
         return (epoch * self.length + rows).tolist()
 
 
-def check_rows(rows: SequenceOf[Any], read: Callable[[Any], Any], name: str, on_bad_sample: str) -> list[int]:
+def drop_pairs_without_text(rows: ReconstructionDataset, what: str) -> None:
     """
-    Read every row once, so that a bad one is found before the first step and not hours into a run.
+    Leave out pairs in which both sides hold an image, as the EOS-bridged stage has no text to rebuild in them, and log
+    how many these are of each dataset.
 
     Args:
-        rows: By their place.
-        read (`Callable`): Does with a row what the trainer will do; raises `ValueError` where it cannot.
+        rows ([`ReconstructionDataset`]): All of its rows.
+        what (`str`): What the rows are for, for the progress bar, the log and the error.
+
+    Raises:
+        ValueError: no row is left.
+    """
+    kept: dict[str, SequenceOf[int]] = {name: range(len(part)) for name, part in rows.parts.items()}
+    for name, part in rows.parts.items():
+        if set(PAIR_COLUMNS) <= set(part.column_names):
+            kept[name] = pairs_with_text(part, f"Looking at {what} pairs")
+    skipped = {name: len(rows.parts[name]) - len(chosen) for name, chosen in kept.items()}
+    if not any(skipped.values()):
+        return
+    if not any(map(len, kept.values())):
+        raise ValueError(
+            f"No {what} row has a text to rebuild: in every pair both sides hold an image. Train the bridge on pairs "
+            "of which one side is a text."
+        )
+    counts = ", ".join(f"{count:,}{f' of {name!r}' if name else ''}" for name, count in skipped.items() if count)
+    logger.warning(f"Skipped {what} pairs in which both sides hold an image, so without a text to rebuild: {counts}.")
+    rows.keep(kept)
+
+
+def pairs_with_text(part: Dataset, description: str) -> list[int]:
+    """Rows of which one side holds no image; those that cannot be read are among them, and found when they are."""
+    # What a column of images holds need not be looked at.
+    columns = [name for name in PAIR_COLUMNS if not isinstance(part.features[name], Image)]
+    if not columns:
+        return []
+    kept: list[int] = []
+    with tqdm(total=len(part), desc=description, unit="row", leave=False) as bar:
+        for start, batch in enumerate(part.select_columns(columns).iter(ROWS_AT_ONCE)):
+            cells = list(zip(*(batch[name] for name in columns), strict=True))
+            kept += [start * ROWS_AT_ONCE + row for row, sides in enumerate(cells) if any(map(may_be_text, sides))]
+            bar.update(len(cells))
+    return kept
+
+
+def may_be_text(cell: Any) -> bool:
+    """Whether one side of a pair holds no image, or cannot be read."""
+    try:
+        return not has_image(input_parts(cell))
+    except CocoaInputError:
+        return True
+
+
+def check_rows(rows: SequenceOf[int], read: Callable[[int], Any], name: str, on_bad_sample: str) -> list[int]:
+    """
+    Read rows once, so that a bad one is found before the first step and not hours into a run.
+
+    Args:
+        rows (`Sequence[int]`): Their numbers in the dataset.
+        read (`Callable`): Does with the row of a number what the trainer will do; raises `ValueError` where it cannot.
         name (`str`): Of the dataset, for the progress bar and the error.
         on_bad_sample (`"raise"` or `"skip"`).
 
     Returns:
-        `list[int]`: The places of the rows that can be read.
+        `list[int]`: The numbers of the rows that can be read.
 
     Raises:
         ValueError: a row cannot be read, and names it; or with `"skip"`, none can.
     """
     good, first = [], None
-    for index in tqdm(range(len(rows)), desc=f"Checking {name} rows", unit="row", leave=False):
+    for row in tqdm(rows, desc=f"Checking {name} rows", unit="row", leave=False):
         try:
-            read(rows[index])
+            read(row)
         except ValueError as error:
-            problem = f"Row {index} of the {name} data: {getattr(error, 'reason', error)}"
+            problem = f"Row {row} of the {name} data: {getattr(error, 'reason', error)}"
             if on_bad_sample == "raise":
-                raise ValueError(f"{problem} Mend the row, or set on_bad_sample='skip'.") from error
+                raise ValueError(f"{problem} Repair the row, or set on_bad_sample='skip'.") from error
             first = first or problem
         else:
-            good.append(index)
+            good.append(row)
     if not good:
         raise ValueError(f"None of the {len(rows)} rows of the {name} data can be read. {first}")
     if first:

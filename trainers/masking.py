@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,21 +12,23 @@ from torch import Tensor
 IGNORE_INDEX = -100
 
 
-def check_ratio(name: str, ratio: float) -> None:
-    """Raise `ValueError` where a mask ratio is outside (0, 1]."""
-    if not 0.0 < ratio <= 1.0:
-        raise ValueError(f"{name} must be in (0, 1]; got {ratio}.")
+def check_ratios(options: Any) -> None:
+    """Raise `ValueError` where a mask ratio is outside (0, 1]; a source's may be 0."""
+    for name in ("text_mask_ratio", "image_mask_ratio", "source_mask_ratio", "target_mask_ratio"):
+        ratio, may_be_zero = getattr(options, name), name == "source_mask_ratio"
+        if not 0.0 <= ratio <= 1.0 or (ratio == 0.0 and not may_be_zero):
+            raise ValueError(f"{name} must be in {'[' if may_be_zero else '('}0, 1]; got {ratio}.")
 
 
 def choose(count: int, ratio: float, generator: np.random.Generator) -> Tensor:
     """
-    Choose `ratio` of `count` places, at least one.
+    Choose `ratio` of `count` places: at least one, but for a ratio of 0.
 
     Returns:
         `Tensor` of bool, shape `(count,)`.
     """
     chosen = torch.zeros(count, dtype=torch.bool)
-    if count:
+    if count and ratio:
         number = min(count, max(1, round(ratio * count)))
         chosen[torch.from_numpy(generator.choice(count, size=number, replace=False))] = True
     return chosen
@@ -39,7 +43,7 @@ def mask_text(
     Args:
         input_ids (`Tensor` of shape `(tokens,)`).
         maskable (`Tensor` of bool, shape `(tokens,)`): The text's own tokens: no template, no vision, no EOS.
-        ratio (`float`): Share of the maskable tokens to hide; at least one is hidden where there is one.
+        ratio (`float`): Share of the maskable tokens to hide, see [`choose`].
         mask_token_id (`int`): `<|mask|>`.
         generator (`np.random.Generator`).
 

@@ -22,9 +22,8 @@ from evaluation.vectors import VectorStore, embed_missing, fingerprint
 from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
-from .contrastive_rows import stretched
 from .retrieval import digest
-from .rows import opened, undecoded
+from .rows import open_images, undecoded
 
 
 class Lookup(InputModule):
@@ -198,7 +197,7 @@ def embed_cells(
     def encode(part: list[Any]) -> np.ndarray:
         try:
             return model.encode(
-                [opened(cell) if image_size is None else stretched(opened(cell), image_size) for cell in part],
+                [open_images(cell, image_size) for cell in part],
                 prompt=prompt or "",
                 batch_size=batch_size,
                 normalize_embeddings=True,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, IterableDataset, Sequence, Value
+from datasets import Dataset, Features, Image, IterableDataset, Value
 
 from evaluation.mmeb_texts import places_of
 
@@ -24,69 +24,33 @@ NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
 CONVERSATION = [
     {"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string"), "image": Image()}]}
 ]
-DOCUMENT = Features({"images": Sequence(Image()), "texts": Sequence(Value("string"))})
 
 
-def pairs_as_documents(dataset: Dataset | IterableDataset, image_dir: str | Path) -> Dataset | IterableDataset:
+def mmeb_pairs(dataset: Dataset | IterableDataset, image_dir: str | Path) -> Dataset | IterableDataset:
     """
-    Pairs as rows to pre-train on: the query and then its positive, as one interleaved document each.
-
-    So the bridge rebuilds an answer from the picture of its question, a caption from its picture, one picture from
-    the other. Instructions stay in the texts that they begin; pairs with an empty side are dropped, as the
-    benchmark's own reader does.
+    MMEB-train as the pairs that every stage trains on; those with an empty side are dropped, as the benchmark's own
+    reader does.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): With the columns [`PAIR_COLUMNS`].
+        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): With [`PAIR_COLUMNS`], and perhaps
+            [`NEGATIVE_COLUMNS`]: a text and a path each, or lists of them, also written out as text, as in mmE5's and
+            MoCa's files.
         image_dir (`str` or `Path`): The folder that the image paths begin in.
 
     Returns:
-        The same kind of dataset, with `images` and `texts`, lists of equal length in which each place has one
-        of the two.
+        The same kind of dataset with `query`, `positive` and `negative_1` to `negative_n`, as many as any row has:
+        texts, or conversations in columns with images. A row with fewer negatives repeats its own (as mmE5 does), one
+        with none is given positives of other rows. Of a stream, whose rows are not known beforehand, all columns are
+        conversations, and there are no negatives.
 
     Raises:
         ValueError: a column is missing, or there is no such folder. While rows are read: a text marks an image that
-            the row does not have, or several; a path leads out of the folder.
-    """
-    columns, folder = dataset.column_names or [], check_layout(dataset, image_dir)
-
-    def convert(rows: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        documents = []
-        for index, *cells in zip(indices, *(rows[name] for name in PAIR_COLUMNS), strict=True):
-            try:
-                query, positive = (places_of(cells[side], cells[side + 1], folder) for side in (0, 2))
-            except ValueError as error:
-                raise ValueError(f"Row {index} of MMEB-train: {error}") from error
-            if query and positive:
-                documents.append(query + positive)
-        return {
-            "images": [[image for image, _ in places] for places in documents],
-            "texts": [[text for _, text in places] for places in documents],
-        }
-
-    options: dict[str, Any] = {"with_indices": True, "batched": True, "remove_columns": columns, "features": DOCUMENT}
-    if isinstance(dataset, Dataset):
-        options["desc"] = "Reading pairs"
-    return dataset.map(convert, **options)
-
-
-def pairs_as_inputs(dataset: Dataset, image_dir: str | Path) -> Dataset:
-    """
-    Pairs as rows of contrastive training; those with an empty side are dropped, as the benchmark's own reader does.
-
-    Args:
-        dataset ([`~datasets.Dataset`]): With the columns [`PAIR_COLUMNS`], and perhaps [`NEGATIVE_COLUMNS`]: a text
-            and a path each, or lists of them, also written out as text, as in mmE5's and MoCa's files.
-        image_dir (`str` or `Path`): The folder that the image paths begin in.
-
-    Returns:
-        [`~datasets.Dataset`] with `query`, `positive` and `negative_1` to `negative_n`, as many as any row has: texts,
-        or conversations in columns with images. A row with fewer negatives repeats its own (as mmE5 does), one with
-        none is given positives of other rows.
-
-    Raises:
-        ValueError: as [`pairs_as_documents`]; or a row's lists of negatives differ in length.
+            the row does not have, or several; a path leads out of the folder; a row's lists of negatives differ in
+            length.
     """
     folder = check_layout(dataset, image_dir)
+    if isinstance(dataset, IterableDataset):
+        return convert_pairs(dataset, folder, {"query": True, "positive": True}, [])
     has_negatives = set(NEGATIVE_COLUMNS) <= set(dataset.column_names)
     cells = [dataset[name] for name in NEGATIVE_COLUMNS] if has_negatives else []
     all_negatives = [negatives_of(*cell) for cell in zip(*cells, strict=True)]
@@ -99,6 +63,21 @@ def pairs_as_inputs(dataset: Dataset, image_dir: str | Path) -> Dataset:
     images = {side: any(dataset[path]) for side, path in (("query", PAIR_COLUMNS[1]), ("positive", PAIR_COLUMNS[3]))}
     negatives_show = any(path for negatives in all_negatives for _, path in negatives)
     images.update({f"negative_{number + 1}": negatives_show for number in range(width)})
+    return convert_pairs(dataset, folder, images, all_negatives)
+
+
+def convert_pairs(
+    dataset: Dataset | IterableDataset, folder: Path, images: Mapping[str, bool], all_negatives: list[Any]
+) -> Dataset | IterableDataset:
+    """
+    The columns of [`mmeb_pairs`] out of those of the benchmark.
+
+    Args:
+        dataset, folder: As checked.
+        images (`Mapping[str, bool]`): By the name of each column to make, whether it has images.
+        all_negatives (`list`): Of each row, a text and a path a negative; empty where there are none.
+    """
+    width = len(images) - 2
 
     def convert(rows: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         made: dict[str, list[Any]] = {name: [] for name in images}
@@ -121,14 +100,15 @@ def pairs_as_inputs(dataset: Dataset, image_dir: str | Path) -> Dataset:
         return made
 
     features = Features({name: CONVERSATION if shows else Value("string") for name, shows in images.items()})
-    return dataset.map(
-        convert,
-        with_indices=True,
-        batched=True,
-        remove_columns=dataset.column_names,
-        features=features,
-        desc="Reading pairs",
-    )
+    options: dict[str, Any] = {
+        "with_indices": True,
+        "batched": True,
+        "remove_columns": dataset.column_names,
+        "features": features,
+    }
+    if isinstance(dataset, Dataset):
+        options["desc"] = "Reading pairs"
+    return dataset.map(convert, **options)
 
 
 def check_layout(dataset: Dataset | IterableDataset, image_dir: str | Path) -> Path:

@@ -25,7 +25,6 @@ from modeling_cocoa.reconstruction import CocoaForReconstruction
 from .base import whole_weights
 from .contrastive_config import CocoaContrastiveConfig
 from .contrastive_trainer import CocoaContrastiveTrainer
-from .datasets import mix_datasets
 from .from_scratch import build_model
 from .recipe_data import FindFile, column_texts, contrastive_data, name_source, read_source, reconstruction_data
 from .reconstruction_config import CocoaReconstructionConfig
@@ -38,26 +37,36 @@ DATA_SECTIONS = {"sources", "reconstruction", "contrastive"}
 
 
 @dataclass
+class RecipeModelConfig(ModelConfig):
+    """TRL's `ModelConfig`, and how its adapters start."""
+
+    init_lora_weights: str | None = field(
+        default=None, metadata={"help": "Start of the adapters, such as 'gaussian'; by default PEFT's own."}
+    )
+
+
+@dataclass
 class Recipe:
     """
     What a recipe file holds.
 
     Args:
         output_dir (`str`): Each stage trains in a folder of its own in it.
-        model (`dict`): Fields of TRL's `ModelConfig` (`model_name_or_path`, `dtype`, `use_peft`, ...), or
-            `from_scratch` with the arguments of `build_tiny_processor` (`processor`) and `build_model`.
+        model (`dict`): Fields of TRL's `ModelConfig` (`model_name_or_path`, `dtype`, `use_peft`, ...) and
+            `init_lora_weights`, or `from_scratch` with the arguments of `build_tiny_processor` (`processor`) and
+            `build_model`.
         data (`dict`): Where rows come from, and what a stage is given of them.
 
             - `sources`, by name: the arguments of `datasets.load_dataset` (`split` is `train` unless said;
               `streaming: true` reads as it goes), `where`: which of its rows, by the values of columns, `eval`: what
               to change in all this for the rows to evaluate on. `layout: mmeb_train` with `image_dir` reads
-              MMEB-train as published, into the columns `images` and `texts`, or for the contrastive stage `query`,
-              `positive` and `negative_1`, ...; so do the hard-negative files of mmE5 and MoCa. Where `name` is a list
-              of subsets, an entry of the source becomes one dataset for each, called `entry_subset`.
-            - `reconstruction`, by name: the columns of [`~rows.parts_of`] (`image`, `text`, `messages`, ...), each
-              with a column of the source, or a text with columns in braces.
-            - `contrastive`, by name: `query`, `positive`, `negative_1`, ... in the same way; an entry without columns
-              takes the source's of these names.
+              MMEB-train as published, into the columns `query`, `positive` and `negative_1`, ...; so do the
+              hard-negative files of mmE5 and MoCa. Where `name` is a list of subsets, an entry of the source becomes
+              one dataset for each, called `entry_subset`.
+            - `contrastive`, by name: `query`, `positive`, `negative_1`, ..., each with a column of the source, or a
+              text with columns in braces; an entry without columns takes the source's of these names.
+            - `reconstruction`, by name: the same, or the columns of rows of one side ([`~rows.parts_of`]: `image`,
+              `text`, `messages`, ...). Left out where stages 1 and 2 train on the pairs of stage 3, as the authors do.
 
             An entry names its `source`, unless there is one only. A column of lists is joined with commas, as
             `{column:sample}` only a random part of each list, in random order. An entry with `variants` is used that
@@ -210,8 +219,6 @@ def build_trainer(
         train_dataset = DatasetDict(train_dataset)
         eval_dataset = eval_dataset and DatasetDict(eval_dataset)
         prompts_for_variants(args, list(train_dataset))
-    elif eval_dataset:
-        eval_dataset = mix_datasets(eval_dataset, None, recipe.seed)
     with whole_weights(args):
         model, processor, peft_config = load_model(recipe, model_path, args, find_file)
     trainer_class = CocoaContrastiveTrainer if is_contrastive else CocoaReconstructionTrainer
@@ -276,11 +283,11 @@ def load_model(recipe: Recipe, model_path: str | None, args: Any, find_file: Fin
         )
         check_options("model: from_scratch", build_model, processor=None, **parts)
         check_options("model: processor of from_scratch", build_tiny_processor, texts=(), **options)
-        rows = read_source(recipe.data["sources"][source], find_file)
+        rows = read_source(recipe.data["sources"][source], find_file, as_pairs=False)
         texts = [text for name in columns for text in column_texts(rows, name) if text is not None]
         processor = build_tiny_processor(texts, **options)
         return build_model(processor, **parts), processor, None
-    (config,) = HfArgumentParser(ModelConfig).parse_dict(recipe.model)
+    (config,) = HfArgumentParser(RecipeModelConfig).parse_dict(recipe.model)
     quantization = get_quantization_config(config)
     if quantization is not None and not config.use_peft:
         raise ValueError("model: weights in 4 or 8 bits do not train; set use_peft, and adapters do.")
@@ -296,7 +303,10 @@ def load_model(recipe: Recipe, model_path: str | None, args: Any, find_file: Fin
         model = load_backbone(name, **options)
     else:
         model = CocoaForReconstruction.from_pretrained(name, **args.head_options(), **options)
-    return model, args.load_processor(name, **hub), get_peft_config(config)
+    peft_config = get_peft_config(config)
+    if peft_config is not None and config.init_lora_weights is not None:
+        peft_config.init_lora_weights = config.init_lora_weights
+    return model, args.load_processor(name, **hub), peft_config
 
 
 def check_options(what: str, function: Callable[..., Any], **options: Any) -> None:

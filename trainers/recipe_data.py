@@ -15,25 +15,27 @@ import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from .augment import augment_pictures
-from .mmeb import pairs_as_documents, pairs_as_inputs
-from .rows import ROW_COLUMNS
+from .mmeb import mmeb_pairs
+from .rows import PAIR_COLUMNS, ROW_COLUMNS
 
 # `datasets` would tell its makers of every file that is read otherwise.
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 FindFile = Callable[[str], str | os.PathLike]
-LAYOUTS = {"mmeb_train": {"reconstruction": pairs_as_documents, "contrastive": pairs_as_inputs}}
+LAYOUTS = {"mmeb_train": mmeb_pairs}
+"""By the name of a published layout, what makes pairs of it."""
 ENTRY_OPTIONS = ("source", "variants", "augment")
 """What an entry says beside its columns."""
 PAIR_COLUMN = r"query|positive|negative_\d+"
-"""Columns of a contrastive source that an entry takes where it names none."""
+"""Columns of a source of pairs that an entry takes where it names none."""
 
 
 def reconstruction_data(
     data: Mapping[str, Any], find_file: FindFile, seed: int = 0, *, evaluation: bool = False
 ) -> dict[str, Dataset | IterableDataset]:
     """
-    The datasets of stages 1 and 2 by name, the variants of an entry one after the other.
+    The datasets of stages 1 and 2 by name, the variants of an entry one after the other. Without entries of their own
+    they train on the pairs of stage 3.
 
     Args:
         data: The section of the recipe; see [`~recipe.Recipe`].
@@ -46,10 +48,12 @@ def reconstruction_data(
         ValueError: an entry or a source is wrong; names it.
     """
     made = {}
-    for name, columns, variants in made_entries(data, "reconstruction", find_file, seed, evaluation):
-        if unknown := [column for column in columns if column not in ROW_COLUMNS]:
+    section = "reconstruction" if "reconstruction" in data else "contrastive"
+    for name, columns, variants in made_entries(data, section, find_file, seed, evaluation):
+        known = (*PAIR_COLUMNS, *ROW_COLUMNS)
+        if section == "reconstruction" and (unknown := [column for column in columns if column not in known]):
             raise ValueError(
-                f"data: reconstruction {name} has unknown columns {unknown}; there are {list(ROW_COLUMNS)}, and "
+                f"data: reconstruction {name} has unknown columns {unknown}; there are {list(known)}, and "
                 f"{list(ENTRY_OPTIONS)}."
             )
         add_once(made, name, variants[0] if len(variants) == 1 else concatenate_datasets(variants))
@@ -87,7 +91,7 @@ def made_entries(
     Of each entry of a section that has rows, or of each subset that its source lists: a name, the columns, and the
     dataset of each variant.
     """
-    read = cache(lambda name, subset: read_source(data["sources"][name], find_file, evaluation, section, subset))
+    read = cache(lambda name, subset: read_source(data["sources"][name], find_file, evaluation, subset=subset))
     if not isinstance(data.get(section), Mapping) or not data[section]:
         raise ValueError(f"data: {section} must give its entries by name; got {data.get(section)!r}.")
     for number, (name, entry) in enumerate(data[section].items()):
@@ -107,7 +111,7 @@ def made_entries(
             if isinstance(source, IterableDataset) and variants > 1:
                 raise ValueError(f"data: {name} is streamed, pass after pass, and has no variants.")
             columns = {column: value for column, value in entry.items() if column not in ENTRY_OPTIONS}
-            if section == "contrastive" and not columns:
+            if not columns:
                 columns = {column: column for column in source.column_names if re.fullmatch(PAIR_COLUMN, column)}
             made = [
                 make_variant(source, columns, (seed, number, variant), augment=bool(entry.get("augment") and variant))
@@ -150,7 +154,7 @@ def read_source(
     options: Mapping[str, Any],
     find_file: FindFile,
     evaluation: bool = False,
-    section: str | None = None,
+    as_pairs: bool = True,
     subset: str | None = None,
 ) -> Dataset | IterableDataset | None:
     """
@@ -160,8 +164,8 @@ def read_source(
         options: Of the source, as in a recipe.
         find_file (`Callable`): From a data file's name in the recipe to its path.
         evaluation (`bool`, defaults to `False`): Those to evaluate on.
-        section (`str`, *optional*): What a `layout` is read for: `"reconstruction"` or `"contrastive"`; as it is
-            where not given.
+        as_pairs (`bool`, defaults to `True`): Make pairs of rows in a published `layout`; otherwise they stay as they
+            are.
         subset (`str`, *optional*): Which of several that `name` lists.
 
     Raises:
@@ -190,11 +194,7 @@ def read_source(
         raise ValueError(f"data: the layout of a source is one of {list(LAYOUTS)}, or left out; got {layout!r}.")
     if image_dir is None:
         raise ValueError("data: a source in MMEB-train's layout needs image_dir, the folder of its images.")
-    if section is None:
-        return rows
-    if section == "contrastive" and isinstance(rows, IterableDataset):
-        raise ValueError("data: the contrastive stage needs all its rows; leave streaming out.")
-    return LAYOUTS[layout][section](rows, image_dir)
+    return LAYOUTS[layout](rows, image_dir) if as_pairs else rows
 
 
 def select_rows(source: Dataset | IterableDataset, where: Mapping[str, Any]) -> Dataset | IterableDataset:

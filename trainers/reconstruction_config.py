@@ -9,9 +9,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from modeling_cocoa.reconstruction import resolve_eos_sees_target
+
 from .base import SharedOptions, check_choices
-from .collators import DIRECTIONS
-from .masking import check_ratio
+from .collators import DIRECTION_WEIGHTS, DIRECTIONS
+from .masking import check_ratios
 
 
 @dataclass
@@ -19,18 +21,22 @@ class CocoaReconstructionConfig(SharedOptions, TrainingArguments):
     r"""
     Arguments of [`CocoaReconstructionTrainer`]: those of [`~transformers.TrainingArguments`] and the ones below.
 
-    Defaults are the method's: learning rate 2e-6 with linear decay and 10 % warm-up, gradients clipped at 5. A tiny
-    model trained from nothing needs about a thousand times the learning rate.
+    Defaults are those of the authors' launch scripts: learning rate 2e-5 with linear decay and 3 % warm-up (100 of
+    3,000 steps), 20 % of a text and half of an image masked in the warm-up stage, 70 % of the target in the bridge.
+    They train DoRA adapters; without a `peft_config` all weights train, for which 2e-5 is a usual rate too. A tiny
+    model trained from nothing needs several hundred times the learning rate.
 
     Raises:
         ValueError: an option is out of range; says which, and the range.
     """
 
-    learning_rate: float = field(default=2e-6, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Steps of linear warm-up; below 1, their share of all steps."}
+    learning_rate: float = field(
+        default=2e-5, metadata={"help": "Peak learning rate of AdamW (CoCoA's authors: 2e-5, with DoRA adapters)."}
     )
-    max_grad_norm: float = field(default=5.0, metadata={"help": "Largest gradient norm; larger ones are scaled down."})
+    warmup_steps: float = field(
+        default=0.03,
+        metadata={"help": "Steps of linear warm-up; below 1, their share of all steps (authors: 100 of 3,000)."},
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
 
     per_device_train_batch_tokens: int | None = field(
@@ -62,38 +68,58 @@ class CocoaReconstructionConfig(SharedOptions, TrainingArguments):
     bridge: str = field(
         default="layerwise",
         metadata={
-            "help": "How a bridge target reaches its source: 'layerwise' attends to the EOS in every layer; "
-            "'embedding' attends to one token made from the final embedding.",
+            "help": "How a bridge target reaches its source: 'layerwise' attends to the EOS in every layer (the "
+            "authors'); 'embedding' attends to one token made from the final embedding.",
             "choices": ["layerwise", "embedding"],
         },
     )
-    text_mask_ratio: float = field(default=0.4, metadata={"help": "Share of text tokens masked in the warm-up."})
-    image_mask_ratio: float = field(default=0.5, metadata={"help": "Share of image units masked in the warm-up."})
+    eos_sees_target: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the EOS attends to the target in the bridge. By default it does with 'layerwise', as in "
+            "the authors' code; with False a training row has the EOS that inference has."
+        },
+    )
+    text_mask_ratio: float = field(
+        default=0.2, metadata={"help": "Share of text tokens masked in the warm-up (authors: 0.2)."}
+    )
+    image_mask_ratio: float = field(
+        default=0.5, metadata={"help": "Share of image units masked in the warm-up (authors' figure and MoCa: 0.5)."}
+    )
     image_mask_fill: str = field(
         default="noise",
         metadata={
-            "help": "What stands in a masked patch: 'noise' (one vector) or 'zeros'.",
+            "help": "What stands in a masked patch: 'noise' (one vector, as in MoCa) or 'zeros'.",
             "choices": ["noise", "zeros"],
         },
     )
-    source_mask_ratio: float = field(default=0.15, metadata={"help": "Share of source text masked in the bridge."})
-    target_mask_ratio: float = field(default=0.7, metadata={"help": "Share of target text masked in the bridge."})
+    source_mask_ratio: float = field(
+        default=0.0, metadata={"help": "Share of source text masked in the bridge (authors: nothing)."}
+    )
+    target_mask_ratio: float = field(
+        default=0.7, metadata={"help": "Share of target text masked in the bridge (authors: 0.7)."}
+    )
     direction_weights: dict | str = field(
-        default_factory=lambda: dict.fromkeys(DIRECTIONS, 1.0),
+        default_factory=lambda: dict(DIRECTION_WEIGHTS),
         metadata={
-            "help": f"Weight of each bridge direction ({', '.join(DIRECTIONS)}): a row draws among those it can serve "
-            "in proportion. Those left out weigh 0."
+            "help": "For rows of one side, not for pairs: weight of each bridge direction "
+            f"({', '.join(DIRECTIONS)}). A row draws among those it can serve in proportion; those left out weigh 0. "
+            "By default those whose target is a text, as the authors rebuild no image there."
         },
     )
-    image_loss_weight: float = field(default=0.1, metadata={"help": "Weight of the pixel loss against the text loss."})
+    image_loss_weight: float = field(
+        default=0.5, metadata={"help": "Weight of the pixel loss against the text loss (authors: 0.5)."}
+    )
     normalize_pixels: bool = field(
         default=True, metadata={"help": "Predict each patch at zero mean and unit variance (MAE), not raw values."}
     )
 
     def __post_init__(self) -> None:
-        for name in ("text_mask_ratio", "image_mask_ratio", "source_mask_ratio", "target_mask_ratio"):
-            check_ratio(name, getattr(self, name))
+        check_ratios(self)
         check_choices(self, "stage", "bridge", "image_mask_fill")
+        eos_sees_target = resolve_eos_sees_target(self.bridge, self.eos_sees_target)
+        if self.stage == "bridge":
+            self.eos_sees_target = eos_sees_target  # said outright in the record of the run
         for name in ("dataset_weights", "direction_weights"):
             if isinstance(value := getattr(self, name), str):  # of a command line
                 try:
@@ -114,5 +140,5 @@ class CocoaReconstructionConfig(SharedOptions, TrainingArguments):
 
     def head_options(self) -> dict[str, Any]:
         """Arguments of [`CocoaForReconstruction`]."""
-        names = ("bridge", "image_loss_weight", "normalize_pixels")
+        names = ("bridge", "eos_sees_target", "image_loss_weight", "normalize_pixels")
         return {name: getattr(self, name) for name in names}

@@ -36,13 +36,13 @@ from .adapters import below, load_checkpoint, load_weights, merged, prepare_part
 from .base import CocoaTrainerMixin, check_devices, check_sizes, whole_weights
 from .batching import TokenBatchSampler, count_row_tokens
 from .collators import ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
-from .datasets import EpochSampler, ReconstructionDataset, check_rows, mix_datasets
+from .datasets import EpochSampler, ReconstructionDataset, drop_pairs_without_text
 from .masking import IGNORE_INDEX
 from .pictures import draw_pictures, save_reconstructions, write_texts
 from .progress import RunningMeans
 from .reconstruction_config import CocoaReconstructionConfig
 from .record import RunRecord
-from .streaming import ReconstructionStream
+from .streaming import ReconstructionStream, mix_streams
 
 EOS_ROWS = 16
 """Rows of a batch by which `eos_information` is measured."""
@@ -61,10 +61,11 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             [`CocoaForReconstruction.from_pretrained`], in float32: a generative Qwen2-VL / Qwen2.5-VL checkpoint, or
             one that an earlier stage saved.
         args ([`CocoaReconstructionConfig`], *optional*).
-        train_dataset, eval_dataset ([`~datasets.Dataset`], *optional*): Rows in any of the forms of
-            [`~rows.parts_of`]: `image` or `images` and `text`, interleaved `images` and `texts`, or `messages`. For
-            training also an [`~datasets.IterableDataset`], with `max_steps`; or several datasets by name, mixed by
-            `dataset_weights`.
+        train_dataset, eval_dataset ([`~datasets.Dataset`] or a dict of them, *optional*): Rows in any of the forms of
+            [`~rows.parts_of`]: `query` and `positive`, the pairs of contrastive training; or rows of one side, `image`
+            or `images` and `text`, interleaved `images` and `texts`, or `messages`. Several datasets by name are read
+            as one, in training by `dataset_weights`. For training also an [`~datasets.IterableDataset`], with
+            `max_steps`.
         processing_class ([`CocoaProcessor`], *optional*): By default the model's own, with `args`' sizes.
         peft_config ([`~peft.PeftConfig`], *optional*): Train adapters in the backbone; the heads train in full.
         callbacks, optimizers: As in [`~transformers.Trainer`].
@@ -110,7 +111,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         if peft_config is not None and model.lm_head is not None:
             model.lm_head.requires_grad_(False)  # pretrained like the base, and tied to it in other models
 
-        self._row_tokens: np.ndarray | None = None
+        self._row_tokens: dict[str, np.ndarray] | None = None
         self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         collator = ReconstructionCollator(
             processing_class,
@@ -121,36 +122,17 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             source_mask_ratio=args.source_mask_ratio,
             target_mask_ratio=args.target_mask_ratio,
             direction_weights=args.direction_weights,
+            image_size=args.image_size,
             on_bad_sample=args.on_bad_sample,
         )
-        if isinstance(train_dataset, Mapping):
-            train_dataset = mix_datasets(train_dataset, args.dataset_weights, args.seed)
-        if isinstance(eval_dataset, IterableDataset):
-            raise ValueError("eval_dataset cannot be streamed: the same rows are read at every evaluation.")
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if not isinstance(dataset, (Dataset, IterableDataset, type(None))):
-                raise ValueError(f"{name} is a {type(dataset).__name__}; give a Dataset of the library `datasets`.")
+        if isinstance(train_dataset, Mapping) and any(
+            isinstance(part, IterableDataset) for part in train_dataset.values()
+        ):
+            train_dataset = mix_streams(train_dataset, args.dataset_weights, args.seed)
         rows: dict[str, Any] = {
-            name: ReconstructionDataset(dataset, args.seed) if isinstance(dataset, Dataset) else None
-            for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset))
+            "training": self._read_rows(train_dataset, "training", collator, args, args.dataset_weights),
+            "evaluation": self._read_rows(eval_dataset, "evaluation", collator, args),
         }
-        if isinstance(train_dataset, IterableDataset):
-            if args.max_steps < 1:
-                raise ValueError("A dataset that is streamed has no end; give max_steps.")
-            rows["training"] = ReconstructionStream(
-                train_dataset,
-                collator,
-                args.seed,
-                batch_size=args.per_device_train_batch_size,
-                batch_tokens=args.per_device_train_batch_tokens,
-                buffer_size=args.shuffle_buffer_size,
-                process_index=args.process_index,
-                num_processes=args.world_size,
-            )
-        if args.check_data:
-            for name, dataset in rows.items():
-                if isinstance(dataset, ReconstructionDataset):
-                    dataset.rows = check_rows(dataset, collator.check, name, args.on_bad_sample)
         super().__init__(
             model=model,
             args=args,
@@ -166,6 +148,49 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         # The losses are divided by the counts of the whole step, over its batches and processes.
         self.model_accepts_loss_kwargs = True
         self.show_losses()
+
+    @staticmethod
+    def _read_rows(
+        dataset: Any,
+        name: str,
+        collator: ReconstructionCollator,
+        args: CocoaReconstructionConfig,
+        weights: Mapping[str, float] | None = None,
+    ) -> ReconstructionDataset | ReconstructionStream | None:
+        """
+        The rows of one or several datasets, bad ones and pairs without a text to rebuild left out.
+
+        Raises:
+            ValueError: it is no dataset, has other columns, has a bad row, or is a stream that cannot be used.
+        """
+        if dataset is None:
+            return None
+        if isinstance(dataset, IterableDataset):
+            if name == "evaluation":
+                raise ValueError("eval_dataset cannot be streamed: the same rows are read at every evaluation.")
+            if args.max_steps < 1:
+                raise ValueError("A dataset that is streamed has no end; give max_steps.")
+            return ReconstructionStream(
+                dataset,
+                collator,
+                args.seed,
+                batch_size=args.per_device_train_batch_size,
+                batch_tokens=args.per_device_train_batch_tokens,
+                buffer_size=args.shuffle_buffer_size,
+                process_index=args.process_index,
+                num_processes=args.world_size,
+            )
+        if not isinstance(dataset, (Dataset, Mapping)):
+            raise ValueError(
+                f"The {name} data is a {type(dataset).__name__}; give a Dataset of the library `datasets`, or a dict "
+                "of them."
+            )
+        rows = ReconstructionDataset(dataset, args.seed, weights)
+        if args.stage == "bridge":
+            drop_pairs_without_text(rows, name)
+        if args.check_data:
+            rows.check(collator.check, name, args.on_bad_sample)
+        return rows
 
     @property
     def backbone(self) -> nn.Module:
@@ -199,11 +224,14 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             return super().get_train_dataloader()
         rows, collator = self.train_dataset, self.data_collator
         if self._row_tokens is None:
-            self._row_tokens = count_row_tokens(rows.dataset, self.processing_class)
+            self._row_tokens = {
+                name: count_row_tokens(part, self.processing_class, collator.image_size)
+                for name, part in rows.parts.items()
+            }
 
         def tokens(key: int) -> int:
-            index, seed = rows.visit(key)
-            return collator.count_tokens(*self._row_tokens[index].tolist(), seed)
+            name, row, seed = rows.visit(key)
+            return collator.count_tokens(*self._row_tokens[name][row].tolist(), seed)
 
         batches = TokenBatchSampler(
             self._get_train_sampler(), tokens, batch_tokens, processes=self.accelerator.num_processes
@@ -212,8 +240,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """Batches of the rows that were given, or of the trainer's own; see [`~transformers.Trainer`]."""
-        if isinstance(eval_dataset, Dataset):
-            eval_dataset = ReconstructionDataset(eval_dataset, self.args.seed)
+        if isinstance(eval_dataset, (Dataset, Mapping)):
+            eval_dataset = self._read_rows(eval_dataset, "evaluation", self.data_collator, self.args)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(
@@ -250,7 +278,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             add_by_direction(means, directions, rows_of_units(inputs), pixel=output.unit_losses.detach())
         if self.args.stage == "bridge" and (not model.training or self._logs_this_step()):
             self._measure_eos(model, inputs, means)
-        if self.args.on_bad_sample == "skip":
+        if self.args.on_bad_sample == "skip" or isinstance(self.train_dataset, ReconstructionStream):
             means.add("skipped_rows", inputs.get("num_skipped", 0), 1)
         return (output.loss, {}) if return_outputs else output.loss
 

@@ -12,8 +12,8 @@ from typing import Any
 from datasets import Dataset
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SequentialEvaluator
 
-from .contrastive_rows import prompts_of, stretched
-from .rows import opened, undecoded
+from .contrastive_rows import prompts_of
+from .rows import open_images, undecoded
 
 RANKS = (1, 5, 10)
 """Of Recall@k; MRR and nDCG are of the last."""
@@ -52,7 +52,7 @@ def retrieval_evaluator(
             query_id, positive_id = digest(query), digest(positive)
             for found, key, cell in ((queries, query_id, query), (corpus, positive_id, positive)):
                 if key not in found:
-                    found[key] = opened(cell) if image_size is None else stretched(opened(cell), image_size)
+                    found[key] = open_images(cell, image_size)
             relevant.setdefault(query_id, set()).add(positive_id)
         evaluators.append(
             InformationRetrievalEvaluator(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms that rows of pre-training data come in, as one: texts and images in their order."""
+"""The forms that rows of pre-training data come in: pairs of a query and its positive, or texts and images."""
 
 from __future__ import annotations
 
@@ -9,21 +9,100 @@ from typing import Any
 from datasets import Image, LargeList
 from datasets import Sequence as SequenceFeature
 
-from modeling_cocoa.inputs import CocoaInputError
+from modeling_cocoa.inputs import CocoaInputError, input_parts, read_input
+
+PAIR_COLUMNS = ("query", "positive")
+"""Columns of a pair, as contrastive training has them."""
 
 ROW_COLUMNS = ("image", "images", "text", "texts", "messages")
-"""Columns that rows are read from."""
+"""Columns of a row of one side."""
 
 Part = dict[str, Any]
 """`{"type": "text", "text"}` or `{"type": "image", "image"}`."""
+
+
+class NoTargetTextError(CocoaInputError):
+    """A pair without a text that the EOS-bridged stage could rebuild: always skipped and counted."""
+
+
+def choose_columns(columns: Sequence[str], what: str) -> list[str]:
+    """
+    The columns that rows are read from: those of a pair where both are there, otherwise those of [`ROW_COLUMNS`].
+
+    Raises:
+        ValueError: there are none; names those that there are.
+    """
+    if set(PAIR_COLUMNS) <= set(columns):
+        return list(PAIR_COLUMNS)
+    chosen = [name for name in ROW_COLUMNS if name in columns]
+    if not chosen:
+        raise ValueError(
+            f"{what} needs the columns {list(PAIR_COLUMNS)}, or one of {list(ROW_COLUMNS)}; it has {list(columns)}. "
+            "Rename yours with dataset.rename_column(...)."
+        )
+    return chosen
+
+
+def is_pair(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a pair."""
+    return any(row.get(name) is not None for name in PAIR_COLUMNS)
+
+
+def pair_parts(row: Mapping[str, Any]) -> tuple[list[Part], list[Part]]:
+    """
+    The texts and images of the query and of the positive of a pair, images not opened.
+
+    Raises:
+        CocoaInputError: a side is empty, of no form that there is, or holds a video.
+    """
+    sides = []
+    for name in PAIR_COLUMNS:
+        try:
+            parts = input_parts(row.get(name))
+        except CocoaInputError as error:
+            raise CocoaInputError(f"its {name}: {error.reason}") from error
+        if any(part["type"] == "video" for part in parts):
+            raise CocoaInputError(f"its {name} holds a video; pre-training takes text and images.")
+        sides.append(parts)
+    return sides[0], sides[1]
+
+
+def source_and_target(row: Mapping[str, Any]) -> tuple[Any, str]:
+    """
+    Of a pair, what the EOS-bridged stage reads and the text that it rebuilds: its query and the text of its positive,
+    or the other way round where only the positive holds an image.
+
+    The authors take the text of a positive that holds an image as well. In MMEB-train that is a constant instruction
+    ("Represent the given image."), from which there is nothing to learn.
+
+    Returns:
+        The source in the form that it has in the row, and the target's text.
+
+    Raises:
+        NoTargetTextError: both hold images.
+        CocoaInputError: as in [`pair_parts`].
+    """
+    query, positive = pair_parts(row)
+    source, target = row["query"], positive
+    if has_image(positive):
+        if has_image(query):
+            raise NoTargetTextError("its query and its positive both hold an image, so neither is a text to rebuild.")
+        source, target = row["positive"], query
+    return source, join_texts(target)[0]["text"]
+
+
+def has_image(parts: Iterable[Part]) -> bool:
+    """Whether one of some parts is an image."""
+    return any(part["type"] == "image" for part in parts)
 
 
 def parts_of(row: Mapping[str, Any]) -> list[Part]:
     """
     The texts and images of a row, in their order; neighbouring texts joined by a newline.
 
-    A row has one of three forms; what is None or blank is left out:
+    A row has one of four forms; what is None or blank is left out:
 
+    - `query` and `positive`: the two after one another.
     - `image` or `images`, and `text`: the images come first.
     - `images` and `texts`, lists of equal length in which each place has one of the two: an interleaved document.
     - `messages`: a conversation, whose turns follow one another as one input. Content is a str, or a list of parts;
@@ -32,6 +111,9 @@ def parts_of(row: Mapping[str, Any]) -> list[Part]:
     Raises:
         CocoaInputError: the row has neither text nor image, or its columns do not fit together.
     """
+    if is_pair(row):
+        query, positive = pair_parts(row)
+        return join_texts(part for part in query + positive if part["type"] != "text" or part["text"].strip())
     images = [row["image"]] if row.get("image") is not None else []
     images += row.get("images") or []
     if row.get("messages"):
@@ -61,27 +143,48 @@ def undecoded(feature: Any) -> Any:
     return feature
 
 
-def opened(value: Any) -> Any:
+def open_images(item: Any, size: tuple[int, int] | None = None) -> Any:
     """
-    A cell with its images as the dataset itself would have decoded them, had it not been kept from it by
-    [`undecoded`]: in it, or in dicts and lists of it.
+    An input of any form with its images as the dataset itself would have decoded them, had it not been kept from it by
+    [`undecoded`]; so one that is corrupt is an error that names its row, and not one from inside the data loader.
 
-    So one that is corrupt is an error that names its row, and not one from inside the data loader.
+    Args:
+        item: As in [`CocoaProcessor.encode`], with images of `{"bytes", "path"}`.
+        size (`tuple[int, int]`, *optional*): Width and height, in pixels, to which every image is stretched.
+
+    Returns:
+        The input; with a `size`, as a conversation.
 
     Raises:
-        CocoaInputError: an image's bytes or its file cannot be read as an image.
+        CocoaInputError: an image's bytes or its file cannot be read as an image; or there is a size, and the input
+            cannot be read or has a video.
     """
+    item = _decode(item)
+    if size is None:
+        return item
+    conversation = read_input(item, None, size)
+    if conversation.videos:
+        raise CocoaInputError("it has a video; image_resolution is for images.")
+    images = iter(conversation.images)
+    for message in conversation.messages:
+        for part in message["content"]:
+            if part["type"] == "image":
+                part["image"] = next(images)
+    return conversation.messages
+
+
+def _decode(value: Any) -> Any:
     if isinstance(value, list):
-        return [opened(part) for part in value]
+        return [_decode(part) for part in value]
     if not isinstance(value, Mapping):
         return value
     if {"bytes", "path"} != set(value):
-        return {name: opened(part) for name, part in value.items()}
+        return {name: _decode(part) for name, part in value.items()}
     try:
         return Image().decode_example(dict(value))
     except Exception as error:  # decoders raise what they like
         raise CocoaInputError(
-            f"its image cannot be read ({type(error).__name__}: {error}); mend or drop it."
+            f"its image cannot be read ({type(error).__name__}: {error}); repair or drop it."
         ) from error
 
 

@@ -4,18 +4,90 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, Features, Image, IterableDataset, Sequence, Value, interleave_datasets
 from datasets.distributed import split_dataset_by_node
 
-from modeling_cocoa.inputs import CocoaInputError
+from modeling_cocoa.inputs import CocoaInputError, input_messages
 
 from .collators import Example, ReconstructionCollator
-from .rows import undecoded
+from .datasets import check_weights
+from .rows import PAIR_COLUMNS, NoTargetTextError, choose_columns, undecoded
+
+MESSAGES = [
+    {
+        "role": Value("string"),
+        "content": [{"type": Value("string"), "text": Value("string"), "image": Image(decode=False)}],
+    }
+]
+"""A side of a pair as a conversation: the form in which pairs of any kind mix."""
+
+
+def mix_streams(
+    parts: Mapping[str, Dataset | IterableDataset], weights: Mapping[str, float] | None, seed: int
+) -> IterableDataset:
+    """
+    Several datasets as one stream, of which each next row comes from one that is drawn by weight.
+
+    Args:
+        parts (`Mapping[str, Dataset or IterableDataset]`): By name. Columns that rows are not read from are left out.
+        weights (`Mapping[str, float]`, *optional*): Of each. A pass ends when every dataset has been seen whole, the
+            others more than once meanwhile. Without weights datasets take turns.
+        seed (`int`): Of the draws.
+
+    Raises:
+        ValueError: there are no datasets, names differ from the weights', or a weight is not above 0.
+    """
+    check_weights(parts, weights)
+    streams = []
+    for name, part in parts.items():
+        stream = part.to_iterable_dataset() if isinstance(part, Dataset) else part
+        known = stream.column_names
+        if known is None:  # of a stream, whose rows alone tell
+            known = list(next(iter(stream.take(1)), {}))
+        columns = choose_columns(known, f"The dataset {name!r}")
+        stream = with_image_columns(stream.select_columns(columns))
+        if columns == list(PAIR_COLUMNS) and len(parts) > 1:
+            if stream.features is not None:
+                stream = stream.cast(undecoded(stream.features))
+            stream = stream.map(as_conversations, features=Features(dict.fromkeys(PAIR_COLUMNS, MESSAGES)))
+        streams.append(stream)
+    if len(streams) == 1:
+        return streams[0]
+    shares = None
+    if weights is not None:
+        total = sum(weights.values())
+        shares = [weights[name] / total for name in parts]
+    return interleave_datasets(streams, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+
+
+def as_conversations(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The sides of a pair as conversations; one that cannot be read is empty, and found when it is used."""
+
+    def convert(cell: Any) -> list[dict[str, Any]] | None:
+        try:
+            messages = input_messages(cell)
+        except CocoaInputError:
+            return None
+        return [
+            {**message, "content": [{"text": None, "image": None, **part} for part in message["content"]]}
+            for message in messages
+        ]
+
+    return {name: convert(row[name]) for name in PAIR_COLUMNS}
+
+
+def with_image_columns(part: IterableDataset) -> IterableDataset:
+    """The same rows, paths of images being images: only then do they mix with those of other datasets."""
+    path = Value("string")
+    for name, paths, images in (("image", path, Image()), ("images", Sequence(path), Sequence(Image()))):
+        if (part.features or {}).get(name) == paths:
+            part = part.cast_column(name, images)
+    return part
 
 
 class ReconstructionStream(torch.utils.data.IterableDataset):
@@ -94,13 +166,13 @@ class ReconstructionStream(torch.utils.data.IterableDataset):
                 try:
                     example = self.collator.example({**row, "index": name, "seed": (self.seed, epoch, *place, index)})
                 except CocoaInputError as error:
-                    if self.collator.on_bad_sample == "raise":
+                    if self.collator.on_bad_sample == "raise" and not isinstance(error, NoTargetTextError):
                         raise ValueError(
-                            f"Cannot train on row {name}: {error.reason} Mend the row, or set on_bad_sample='skip'."
+                            f"Cannot train on row {name}: {error.reason} Repair the row, or set on_bad_sample='skip'."
                         ) from error
                     yield None
                     continue
                 found = True
                 yield example
             if not found:
-                raise ValueError("No row of the streamed dataset can be read.")
+                raise ValueError("No row of the streamed dataset can be used.")

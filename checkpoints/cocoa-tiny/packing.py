@@ -64,8 +64,12 @@ class Packing:
         sources, targets ([`Spans`]).
         eos (`Tensor` of shape `(batch,)`): Packed place of each batch row's EOS, in the batch's order.
         order (`Tensor` of shape `(batch,)`): The batch row of each source, in packed order.
-        target_keys (`Tensor`): Packed places of what targets see: each one's EOS, then itself.
+        target_keys (`Tensor`): Packed places of what targets see: each one's EOS and itself.
         segment_ids, sample_ids (`Tensor` of shape `(tokens,)`): As in [`~attention.is_visible`].
+        eos_sees_target (`bool`): As in [`~attention.is_visible`].
+        eos_queries (`Tensor`): Packed places of each EOS that sees a target, by the length of its row.
+        eos_spans ([`Spans`]): Those rows, source and target together.
+        eos_keys (`Tensor`): Packed places of what these EOS tokens see: their whole rows.
     """
 
     index: Tensor
@@ -76,11 +80,15 @@ class Packing:
     target_keys: Tensor
     segment_ids: Tensor
     sample_ids: Tensor
+    eos_sees_target: bool
+    eos_queries: Tensor
+    eos_spans: Spans
+    eos_keys: Tensor
 
     @cached_property
     def block_mask(self) -> BlockMask:
         """The collaborative mask of the packed row, for flex attention."""
-        return packed_block_mask(self.segment_ids, self.sample_ids)
+        return packed_block_mask(self.segment_ids, self.sample_ids, self.eos_sees_target)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Packing:
         """The same on a device; where a model is spread over several, layers ask for it."""
@@ -99,46 +107,53 @@ class Packing:
         return padded.view(*shape, -1)
 
 
-def pack(segment_ids: Tensor) -> Packing:
+def pack(segment_ids: Tensor, eos_sees_target: bool = True) -> Packing:
     """
     Find the places of a batch's tokens in one row.
 
     Args:
         segment_ids (`Tensor` of shape `(batch, tokens)`): `PADDING`, `SOURCE`, `EOS` or `TARGET`; padding may be
             anywhere. A row's last token that is neither padding nor target counts as its EOS.
+        eos_sees_target (`bool`, defaults to `True`): As in [`~attention.is_visible`].
 
     Raises:
         ValueError: a row has no token besides padding and target; names the row.
     """
     is_target = segment_ids == TARGET
-    is_source = (segment_ids != PADDING) & ~is_target
-    order, lengths, source_index = by_length(is_source)
+    is_token = segment_ids != PADDING
+    order, lengths, source_index = by_length(is_token & ~is_target)
     if lengths and lengths[0] == 0:
         raise ValueError(f"Row {int(order[0])} of the batch is padding only: every input must hold at least the EOS.")
-    ends = torch.tensor(lengths, device=order.device).cumsum(0) - 1
-    eos = torch.empty_like(order)
-    eos[order] = ends
-    target_order, target_lengths, target_index = by_length(is_target)
-    target_lengths, none = [length for length in target_lengths if length], target_lengths.count(0)
+    _, target_lengths, target_index = by_length(is_target)
     index = torch.cat([source_index, target_index])
-    targets = Spans(target_lengths)
-    # Each target's keys: its EOS in front of its own tokens.
-    own = torch.arange(len(source_index), len(index), device=index.device)
-    firsts = targets.boundaries(index.device)[:-1].long()
-    keys = torch.empty(len(own) + len(firsts), dtype=own.dtype, device=own.device)
-    eos_places = firsts + torch.arange(len(firsts), device=own.device)
-    is_own = torch.ones_like(keys, dtype=torch.bool)
-    is_own[eos_places] = False
-    keys[eos_places], keys[is_own] = eos[target_order[none:]], own
+    eos = torch.empty_like(order)
+    eos[order] = torch.tensor(lengths, device=order.device).cumsum(0) - 1
+    none = index.new_empty(0)
+    target_keys = eos_queries = eos_keys = none
+    eos_lengths: list[int] = []
+    if len(target_index):
+        places = torch.empty(segment_ids.numel(), dtype=torch.long, device=index.device)
+        places[index] = torch.arange(len(index), device=index.device)
+        has_target = is_target.any(1, keepdim=True)
+        is_eos = torch.zeros_like(is_target).flatten().index_fill(0, index[eos], True).view_as(is_target)
+        target_keys = places[by_length(is_target | (is_eos & has_target))[2]]
+        if eos_sees_target:
+            eos_order, eos_lengths, row_index = by_length(is_token & has_target)
+            eos_queries = eos[eos_order[eos_lengths.count(0) :]]
+            eos_keys = places[row_index]
     return Packing(
         index=index,
         sources=Spans(lengths),
-        targets=targets,
+        targets=Spans([length for length in target_lengths if length]),
         eos=eos,
         order=order,
-        target_keys=keys,
+        target_keys=target_keys,
         segment_ids=segment_ids.flatten()[index],
         sample_ids=index // segment_ids.shape[1],
+        eos_sees_target=eos_sees_target,
+        eos_queries=eos_queries,
+        eos_spans=Spans([length for length in eos_lengths if length]),
+        eos_keys=eos_keys,
     )
 
 
@@ -164,8 +179,8 @@ def attend(
     """
     Collaborative attention over a packed row; no mask of tokens x tokens is made.
 
-    Sources see their own source and EOS, targets their own EOS and target (CoCoA, arXiv 2603.01471): both are full
-    attention between two stretches of the row, which any backend can do.
+    Sources see their own source and EOS, targets their own EOS and target, the EOS all of its row (CoCoA, arXiv
+    2603.01471): each is full attention between two stretches of the row, which any backend can do.
 
     Args:
         module: The attention module; backends read its number of key and value heads.
@@ -176,11 +191,16 @@ def attend(
             boundaries, [`FLEX_ATTENTION`] by a block mask.
         scaling (`float`): Of the scores.
         dropout (`float`, defaults to 0).
-        eos_only (`bool`, defaults to `False`): The queries are the EOS tokens alone.
+        eos_only (`bool`, defaults to `False`): The queries are the EOS tokens alone, of rows without a target.
 
     Returns:
         `Tensor` of shape `(queries, heads * head size)`.
+
+    Raises:
+        ValueError: `eos_only`, and a row has a target.
     """
+    if eos_only and packing.targets.lengths:
+        raise ValueError("eos_only takes rows without a target, as they are embedded.")
     options = {"implementation": implementation, "scaling": scaling, "dropout": dropout}
     if implementation == FLEX_ATTENTION and not eos_only:
         row = (part.transpose(0, 1)[None] for part in (query, key, value))
@@ -196,7 +216,14 @@ def attend(
         return output
     seen = Spans([length + 1 for length in packing.targets.lengths])
     keys, values = key[packing.target_keys], value[packing.target_keys]
-    return torch.cat([output, attend_spans(module, query[ends:], packing.targets, keys, values, seen, **options)])
+    of_targets = attend_spans(module, query[ends:], packing.targets, keys, values, seen, **options)
+    output = torch.cat([output, of_targets])
+    if not packing.eos_spans.lengths:
+        return output
+    ones = Spans([1] * len(packing.eos_spans.lengths))
+    keys, values = key[packing.eos_keys], value[packing.eos_keys]
+    of_eos = attend_spans(module, query[packing.eos_queries], ones, keys, values, packing.eos_spans, **options)
+    return output.index_copy(0, packing.eos_queries, of_eos)
 
 
 def attend_spans(

@@ -18,12 +18,18 @@ from modeling_cocoa.attention import TARGET
 from modeling_cocoa.heads import find_checkpoint_file
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.reconstruction import HEADS_FILE, CocoaForReconstruction
-from trainers.collators import DIRECTIONS, ReconstructionCollator, model_arguments
+from trainers.collators import DIRECTION_WEIGHTS, DIRECTIONS, ReconstructionCollator, model_arguments
 from trainers.masking import IGNORE_INDEX
 from trainers.pictures import split_rows
 from trainers.reconstruction_config import CocoaReconstructionConfig
 
-MASK_RATIOS = ("source_mask_ratio", "target_mask_ratio")
+BEFORE_EOS_OPTION = {
+    "eos_sees_target": False,
+    "source_mask_ratio": 0.15,
+    "target_mask_ratio": 0.7,
+    "direction_weights": dict.fromkeys(DIRECTIONS, 1.0),
+}
+"""Defaults of the runs whose record does not say what the EOS saw: there was no choice, and it did not see the target."""
 SEED = 0
 """Of what is hidden: the same input is always masked alike."""
 
@@ -77,6 +83,8 @@ class Rebuilder:
         processor ([`CocoaProcessor`]): The model's.
         source_mask_ratio, target_mask_ratio (`float`): How much of a text is hidden; by default as in
             [`CocoaReconstructionConfig`]. Target pictures are hidden whole.
+        direction_weights (`dict[str, float]`, *optional*): The directions that the model was trained in, those above 0;
+            by default those whose target is a text.
     """
 
     def __init__(
@@ -86,8 +94,11 @@ class Rebuilder:
         *,
         source_mask_ratio: float = CocoaReconstructionConfig.source_mask_ratio,
         target_mask_ratio: float = CocoaReconstructionConfig.target_mask_ratio,
+        direction_weights: dict[str, float] | None = None,
     ) -> None:
         self.model = model.eval()
+        weights = DIRECTION_WEIGHTS if direction_weights is None else direction_weights
+        self.directions = {name: DIRECTIONS[name] for name in DIRECTIONS if weights.get(name)}
         self.processor = processor
         self.collator = ReconstructionCollator(
             processor, stage="bridge", source_mask_ratio=source_mask_ratio, target_mask_ratio=target_mask_ratio
@@ -117,19 +128,25 @@ class Rebuilder:
                 "checkpoint that its save_model wrote."
             )
         # Settings at their defaults are not recorded.
-        defaults = CocoaReconstructionConfig
+        recorded, defaults = dict(stages[-1].settings), CocoaReconstructionConfig
+        if "eos_sees_target" not in recorded:
+            recorded = {**BEFORE_EOS_OPTION, **recorded}
         settings = {
-            option: stages[-1].settings.get(option, getattr(defaults, option))
-            for option in ("bridge", "normalize_pixels", *MASK_RATIOS)
+            option: recorded.get(option, getattr(defaults, option))
+            for option in ("bridge", "eos_sees_target", "normalize_pixels")
         }
-        ratios = {ratio: settings.pop(ratio) for ratio in MASK_RATIOS}
+        asked = {
+            option: recorded[option]
+            for option in ("source_mask_ratio", "target_mask_ratio", "direction_weights")
+            if option in recorded
+        }
         model = CocoaForReconstruction.from_pretrained(name, **settings)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model, CocoaProcessor.from_pretrained(name), **ratios)
+        return cls(model, CocoaProcessor.from_pretrained(name), **asked)
 
     def rebuild(self, query: dict[str, Any]) -> list[Rebuilt]:
         """
-        Rebuild an input from itself, and where it has a picture and a text, each from the other and both from both.
+        Rebuild an input in each direction that the model was trained in and that its picture and text can serve.
 
         Args:
             query (`dict`): `image`, `text` or both.
@@ -137,7 +154,9 @@ class Rebuilder:
         Raises:
             CocoaInputError: the input cannot be read, or nothing of it can be hidden.
         """
-        possible = [name for name, (source, target) in DIRECTIONS.items() if {*source, *target} <= set(query)]
+        possible = [name for name, (source, target) in self.directions.items() if {*source, *target} <= set(query)]
+        if not possible:
+            return []
         examples = [
             replace(self.collator, direction_weights={name: 1.0}).example({**query, "seed": SEED}) for name in possible
         ]

@@ -111,9 +111,7 @@ BACKENDS = pytest.mark.parametrize("implementation", ["sdpa", "eager", FLEX_ATTE
 @BACKENDS
 @pytest.mark.parametrize("bridge, eos_sees_target", [("layerwise", True), ("layerwise", False), ("embedding", False)])
 @pytest.mark.parametrize("direction", PARTS)
-def test_source_and_eos_see_the_target_if_the_eos_does(
-    model_type, bridge, eos_sees_target, direction, implementation
-):
+def test_source_and_eos_see_the_target_if_the_eos_does(model_type, bridge, eos_sees_target, direction, implementation):
     model = reconstruction(model_type, bridge, implementation, eos_sees_target)
     before, _ = hidden_states(model, batch := bridge_batch(direction))
     after, _ = hidden_states(model, bridge_batch(direction, target_shift=3))

@@ -48,15 +48,15 @@ def test_fewer_rows_than_processes_are_refused():
 @pytest.mark.parametrize("stage", ["warmup", "bridge"])
 def test_the_count_is_the_length_of_the_example(processor, emoji, stage):
     """For every direction, images of other sizes, rows without one side, and images in a dataset or in memory."""
-    collator = ReconstructionCollator(processor, stage=stage)
+    collator = ReconstructionCollator(processor, stage=stage, direction_weights=dict.fromkeys(DIRECTIONS, 1.0))
     images = [emoji[index]["image"].resize((40 + 16 * index, 64)) for index in range(24)]
     data = {"image": images, "text": list(emoji["text"][:24])}
     data["image"][0] = data["text"][1] = None
     rows = ReconstructionDataset(Dataset.from_dict(data).cast_column("image", ImageFeature()), seed=5)
-    counts = count_row_tokens(rows.dataset, processor)
+    counts = count_row_tokens(rows.parts[""], processor)
     seen = set()
     for key in range(48):
-        index, seed = rows.visit(key)
+        _, index, seed = rows.visit(key)
         example = collator.example(rows[key])
         seen.add(example.direction)
         length = len(example.source.input_ids) + (len(example.target.input_ids) if example.target else 0)

@@ -8,50 +8,72 @@ import collections
 import pytest
 from datasets import Dataset
 
-from trainers.datasets import mix_datasets
+from trainers.datasets import ReconstructionDataset
 from trainers.reconstruction_config import CocoaReconstructionConfig
 from trainers.reconstruction_trainer import CocoaReconstructionTrainer
 from trainers.rows import parts_of
+from trainers.streaming import mix_streams
 
 
 def named(name, count):
     return Dataset.from_dict({"text": [f"{name} {index}" for index in range(count)], "other": [0] * count})
 
 
+def texts_of(rows):
+    return [rows[key]["text"] for key in range(len(rows))]
+
+
 def test_without_weights_every_row_occurs_once():
-    mixed = mix_datasets({"a": named("a", 5), "b": named("b", 9)}, None, seed=0)
-    assert sorted(mixed["text"]) == sorted([f"a {i}" for i in range(5)] + [f"b {i}" for i in range(9)])
-    assert mixed.column_names == ["text"]
+    mixed = ReconstructionDataset({"a": named("a", 5), "b": named("b", 9)}, seed=0)
+    assert sorted(texts_of(mixed)) == sorted([f"a {i}" for i in range(5)] + [f"b {i}" for i in range(9)])
+    assert set(mixed[0]) == {"text", "index", "seed"} and mixed[5]["index"] == "0 of 'b'"
 
 
-@pytest.mark.parametrize("is_streamed", [False, True])
-def test_rows_are_drawn_by_weight_until_all_were_seen(is_streamed):
+def test_rows_are_repeated_by_weight_until_all_were_seen():
     parts = {"a": named("a", 300), "b": named("b", 60)}
-    if is_streamed:
-        parts["b"] = parts["b"].to_iterable_dataset()
-    mixed = mix_datasets(parts, {"a": 3.0, "b": 1.0}, seed=0)
+    mixed = ReconstructionDataset(parts, 0, {"a": 3.0, "b": 1.0})
+    texts = texts_of(mixed)
+    counts = collections.Counter(text[0] for text in texts)
+    assert counts == {"a": 300, "b": 100} and len(set(texts)) == 360
+    seeds = [mixed[key]["seed"] for key in range(len(mixed))]
+    assert len(set(seeds)) == 400, "a row that occurs twice is masked otherwise"
+    mixed.keep({"a": [7], "b": range(60)})
+    assert collections.Counter(text[0] for text in texts_of(mixed)) == {"a": 180, "b": 60}
+
+
+def test_rows_of_a_stream_are_drawn_by_weight_until_all_were_seen():
+    parts = {"a": named("a", 300), "b": named("b", 60).to_iterable_dataset()}
+    mixed = mix_streams(parts, {"a": 3.0, "b": 1.0}, seed=0)
     texts = [row["text"] for row in mixed]
     counts = collections.Counter(text[0] for text in texts)
     assert 2.3 < counts["a"] / counts["b"] < 4
     assert len(set(texts)) == 360, "all of both"
-    assert texts == [row["text"] for row in mix_datasets(parts, {"a": 3.0, "b": 1.0}, seed=0)]
+    assert texts == [row["text"] for row in mix_streams(parts, {"a": 3.0, "b": 1.0}, seed=0)]
 
 
 def test_datasets_of_different_forms_mix(emoji):
     conversations = Dataset.from_dict({"messages": [[{"role": "user", "content": "hello"}]] * 3})
-    mixed = mix_datasets({"pairs": emoji.select(range(4)), "chats": conversations}, None, seed=0)
-    kinds = [[part["type"] for part in parts_of(row)] for row in mixed]
-    assert kinds == [["image", "text"]] * 4 + [["text"]] * 3
+    pairs = Dataset.from_dict({"query": ["a"] * 2, "positive": ["b"] * 2})
+    rows = ReconstructionDataset({"captions": emoji.select(range(4)), "chats": conversations, "pairs": pairs}, seed=0)
+    kinds = [[part["type"] for part in parts_of(rows[key])] for key in range(len(rows))]
+    assert kinds == [["image", "text"]] * 4 + [["text"]] * 5
 
 
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda parts, weights: ReconstructionDataset(parts, 0, weights),
+        lambda parts, weights: mix_streams(parts, weights, 0),
+    ],
+)
 @pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 1.0, "c": 1.0}])
-def test_weights_must_fit_the_datasets(weights):
+def test_weights_must_fit_the_datasets(weights, mix):
     with pytest.raises(ValueError, match=r"a weight above 0 for each of \['a', 'b'\]"):
-        mix_datasets({"a": named("a", 2), "b": named("b", 2)}, weights, seed=0)
+        mix({"a": named("a", 2), "b": named("b", 2)}, weights)
     with pytest.raises(ValueError, match="no datasets"):
-        mix_datasets({}, None, seed=0)
-    with pytest.raises(ValueError, match=r"Dataset 'c' needs a column.*\['caption'\]"):
-        mix_datasets({"c": Dataset.from_dict({"caption": ["x"]})}, None, seed=0)
+        mix({}, None)
+    with pytest.raises(ValueError, match=r"The dataset 'c' needs the columns .*; it has \['caption'\]"):
+        mix({"c": Dataset.from_dict({"caption": ["x"]})}, None)
 
 
 def test_a_trainer_takes_several(tmp_path, model, processor, emoji):
@@ -77,10 +99,10 @@ def test_streams_whose_columns_are_not_known_mix():
         for name in ("a", "b")
     }
     assert parts["a"].column_names is None, "else this test says nothing"
-    assert sorted(row["text"] for row in mix_datasets(parts, None, 0)) == ["a"] * 4 + ["b"] * 4
+    assert sorted(row["text"] for row in mix_streams(parts, None, 0)) == ["a"] * 4 + ["b"] * 4
     parts = {"a": parts["a"].map(lambda row: {"words": "x"}, remove_columns=["text"])}
-    with pytest.raises(ValueError, match=r"Dataset 'a' needs a column of .*; it has \['other', 'words'\]"):
-        mix_datasets(parts, None, 0)
+    with pytest.raises(ValueError, match=r"The dataset 'a' needs the columns .*; it has \['other', 'words'\]"):
+        mix_streams(parts, None, 0)
 
 
 def test_weights_may_be_json_as_on_a_command_line():
@@ -90,14 +112,12 @@ def test_weights_may_be_json_as_on_a_command_line():
         CocoaReconstructionConfig("x", use_cpu=True, dataset_weights="a=1")
 
 
-def test_evaluation_takes_a_dataset_of_its_own_and_nothing_else(tmp_path, model, processor, emoji):
+def test_evaluation_takes_datasets_and_nothing_else(tmp_path, model, processor, emoji):
     args = CocoaReconstructionConfig(
         str(tmp_path), use_cpu=True, report_to="none", check_data=False, disable_tqdm=True
     )
     rows = emoji.select_columns(["image", "text"]).select(range(4))
     trainer = CocoaReconstructionTrainer(model, args, train_dataset=rows, processing_class=processor)
     assert trainer.evaluate(rows)["eval_loss"] > 0
-    with pytest.raises(ValueError, match="eval_dataset is a dict; give a Dataset"):
-        CocoaReconstructionTrainer(
-            model, args, train_dataset=rows, eval_dataset={"a": rows}, processing_class=processor
-        )
+    with pytest.raises(ValueError, match="The evaluation data is a list; give a Dataset"):
+        CocoaReconstructionTrainer(model, args, eval_dataset=[{"text": "a"}], processing_class=processor)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers.masking import check_ratio, choose, mask_text
+from trainers.masking import check_ratios, choose, mask_text
 
 ratios = st.floats(0.01, 1.0)
 
@@ -33,7 +35,19 @@ def test_masked_text_and_labels_make_the_text_again(tokens, ratio, seed):
     assert int(hidden.sum()) == (max(1, round(ratio * int(maskable.sum()))) if maskable.any() else 0)
 
 
+def ratios_of(**values):
+    names = ("text_mask_ratio", "image_mask_ratio", "source_mask_ratio", "target_mask_ratio")
+    return SimpleNamespace(**{**dict.fromkeys(names, 0.5), **values})
+
+
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.01, float("nan")])
 def test_a_ratio_out_of_range_is_named(ratio):
     with pytest.raises(ValueError, match=r"text_mask_ratio must be in \(0, 1\]"):
-        check_ratio("text_mask_ratio", ratio)
+        check_ratios(ratios_of(text_mask_ratio=ratio))
+
+
+def test_a_source_may_stay_unmasked():
+    check_ratios(ratios_of(source_mask_ratio=0.0))
+    assert not choose(5, 0.0, np.random.default_rng(0)).any()
+    with pytest.raises(ValueError, match=r"source_mask_ratio must be in \[0, 1\]"):
+        check_ratios(ratios_of(source_mask_ratio=-0.1))

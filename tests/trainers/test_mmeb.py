@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
+from modeling_cocoa.inputs import input_parts
 from modeling_cocoa.saving import save_cocoa
 from trainers import (
     CocoaContrastiveConfig,
@@ -17,7 +18,7 @@ from trainers import (
     CocoaReconstructionConfig,
     CocoaReconstructionTrainer,
 )
-from trainers.mmeb import pairs_as_documents, pairs_as_inputs, places_of
+from trainers.mmeb import mmeb_pairs, places_of
 from trainers.recipe import Recipe, run_recipe
 from trainers.recipe_data import contrastive_data, reconstruction_data
 from trainers.rows import undecoded
@@ -87,30 +88,30 @@ def test_what_does_not_fit_is_said(text, path, message):
         places_of(text, path, FOLDER)
 
 
-@pytest.mark.parametrize("is_streamed", [False, True])
-def test_pairs_become_documents_and_empty_sides_are_dropped(folder, is_streamed):
+def test_a_stream_of_pairs_is_conversations(folder):
+    """Its rows are those of the dataset that is not streamed, without negatives."""
     pairs = Dataset.from_dict(ROWS)
-    documents = pairs_as_documents(pairs.to_iterable_dataset() if is_streamed else pairs, folder)
-    rows = list(documents.cast(undecoded(documents.features)))
-    for row in rows:  # in a stream the paths themselves
-        row["images"] = [image["path"] if isinstance(image, dict) else image for image in row["images"]]
-    assert len(rows) == 4
-    assert rows[0] == {
-        "images": [str(folder / "a/0.png"), None, None],
-        "texts": [None, "\nRepresent the given image for classification\n", "cat"],
-    }
-    assert rows[2]["texts"] == [ROWS["qry"][2], None, "\nRepresent the given image.\n"]
-    assert rows[2]["images"] == [None, str(folder / "b/0.png"), None]
-    assert [image is not None for image in rows[3]["images"]] == [True, False, True, False]
+    rows = [row for row in mmeb_pairs(pairs.to_iterable_dataset(), folder)]
+    whole = mmeb_pairs(pairs, folder)
+    whole = whole.cast(undecoded(whole.features))
+    assert len(rows) == len(whole) == 4 and set(rows[0]) == {"query", "positive"}
+    for streamed, row in zip(rows, whole, strict=True):
+        for name in streamed:
+            assert [part["type"] for part in streamed[name][0]["content"]] == [
+                part["type"] for part in input_parts(row[name])
+            ]
+            assert [part["text"] for part in streamed[name][0]["content"]] == [
+                part.get("text") for part in input_parts(row[name])
+            ]
 
 
 def test_a_layout_that_is_another_is_named(folder):
     with pytest.raises(ValueError, match="'pos_image_path'. are not in"):
-        pairs_as_documents(Dataset.from_dict(ROWS).remove_columns("pos_image_path"), folder)
+        mmeb_pairs(Dataset.from_dict(ROWS).remove_columns("pos_image_path"), folder)
     with pytest.raises(ValueError, match="no folder .*nowhere of images"):
-        pairs_as_documents(Dataset.from_dict(ROWS), "nowhere")
+        mmeb_pairs(Dataset.from_dict(ROWS), "nowhere")
     with pytest.raises(ValueError, match="Row 1 of MMEB-train: .*names none"):
-        list(pairs_as_documents(Dataset.from_dict({**ROWS, "qry_image_path": ["a/0.png"] + 4 * [""]}), folder))
+        list(mmeb_pairs(Dataset.from_dict({**ROWS, "qry_image_path": ["a/0.png"] + 4 * [""]}), folder))
 
 
 @pytest.mark.parametrize("stage", ["warmup", "bridge"])
@@ -118,7 +119,7 @@ def test_a_trainer_reads_it_by_recipe(tmp_path, folder, model, processor, stage)
     """And names the row whose image is missing."""
     Dataset.from_dict(ROWS).to_parquet(str(tmp_path / "original.parquet"))
     source = {"path": "parquet", "data_files": "original.parquet", "layout": "mmeb_train", "image_dir": str(folder)}
-    data = {"sources": {"mmeb": source}, "reconstruction": {"mmeb": {"images": "images", "texts": "texts"}}}
+    data = {"sources": {"mmeb": source}, "contrastive": {"mmeb": {}}}
     args = CocoaReconstructionConfig(
         output_dir=str(tmp_path / "out"), stage=stage, max_steps=1, per_device_train_batch_size=4, use_cpu=True,
         report_to="none", save_strategy="no", disable_tqdm=True,
@@ -126,8 +127,10 @@ def test_a_trainer_reads_it_by_recipe(tmp_path, folder, model, processor, stage)
     rows = reconstruction_data(data, lambda name: tmp_path / name)
     trainer = CocoaReconstructionTrainer(model, args, train_dataset=rows, processing_class=processor)
     assert trainer.train().training_loss > 0
-    (folder / "b/1.png").unlink()
-    with pytest.raises(ValueError, match=r"Row 3 of the training data: .*image cannot be read .*No such file.*1\.png"):
+    (folder / "a/0.png").unlink()
+    with pytest.raises(
+        ValueError, match=r"Row 0 of the training .mmeb. data: .*image cannot be read .*No such file.*0\.png"
+    ):
         CocoaReconstructionTrainer(model, args, train_dataset=rows, processing_class=processor)
 
 
@@ -173,7 +176,7 @@ def texts_of(cell):
 
 
 def test_pairs_become_rows_of_contrastive_training(folder):
-    rows = pairs_as_inputs(Dataset.from_dict(ROWS), folder)
+    rows = mmeb_pairs(Dataset.from_dict(ROWS), folder)
     rows = rows.cast(undecoded(rows.features))
     assert rows.column_names == ["query", "positive", "negative_1"] and len(rows) == 4
     assert texts_of(rows[0]["query"]) == ["0.png", "\nRepresent the given image for classification\n"]
@@ -182,12 +185,12 @@ def test_pairs_become_rows_of_contrastive_training(folder):
     assert texts_of(rows[3]["positive"]) == ["1.png", "\nRepresent the given cropped image of the object\n"]
     negatives = [texts_of(row["negative_1"]) for row in rows]
     assert negatives[0] == ["dog"] and negatives[3] == ["cat"], "another row's positive where there is none"
-    texts = pairs_as_inputs(Dataset.from_dict(only(0, 1)), folder)
+    texts = mmeb_pairs(Dataset.from_dict(only(0, 1)), folder)
     assert texts["positive"] == ["cat", "A cat's face"], "a column without images is of texts"
 
 
 def test_hard_negatives_are_read_as_they_are_written(folder):
-    rows = pairs_as_inputs(Dataset.from_dict(HARD), folder)
+    rows = mmeb_pairs(Dataset.from_dict(HARD), folder)
     rows = rows.cast(undecoded(rows.features))
     assert rows.column_names == ["query", "positive", "negative_1", "negative_2", "negative_3"]
     negatives = [[texts_of(row[f"negative_{number}"]) for number in (1, 2, 3)] for row in rows]
@@ -199,7 +202,7 @@ def test_hard_negatives_are_read_as_they_are_written(folder):
     ]
     paths = ["['a/0.png']", *HARD["neg_image_path"][1:]]
     with pytest.raises(ValueError, match="3 texts of negatives and 1 images"):
-        pairs_as_inputs(Dataset.from_dict({**HARD, "neg_image_path": paths}), folder)
+        mmeb_pairs(Dataset.from_dict({**HARD, "neg_image_path": paths}), folder)
 
 
 def test_subsets_train_end_to_end_by_recipe(tmp_path, folder, model, processor):
@@ -247,8 +250,8 @@ def test_what_does_not_exist_is_said_with_what_does(tmp_path, folder, change, me
 
 
 def test_a_missing_image_names_the_row(tmp_path, folder, model, processor):
-    rows = pairs_as_inputs(Dataset.from_dict(HARD), folder)
-    (folder / "b/1.png").unlink()
+    rows = mmeb_pairs(Dataset.from_dict(HARD), folder)
+    (folder / "a/0.png").unlink()
     args = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     args.update(max_steps=1, save_strategy="no", per_device_train_batch_size=2)
     with pytest.raises(ValueError, match=r"Row 2 of the training data: .*image cannot be read .*1\.png"):

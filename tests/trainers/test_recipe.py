@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
-from pathlib import Path
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from datasets import Dataset, Image, Sequence
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
 import cocoa
+from modeling_cocoa import CocoaTransformer
 from modeling_cocoa.saving import save_cocoa
 from tests.trainers.conftest import ROOT, TEXT_CONFIG, VISION_CONFIG, run_python
 from trainers.contrastive_config import CocoaContrastiveConfig
@@ -85,12 +89,13 @@ data:
     captions: {{source: captions, image: image, text: "a picture of {{text}}"}}
     talks: {{source: talks, messages: messages, images: images}}
     documents: {{source: documents, texts: texts, images: images}}
-    mmeb: {{source: mmeb, texts: texts, images: images}}
+    mmeb: {{source: mmeb}}
+    pairs: {{source: captions, query: image, positive: text}}
 stages:
   {stage}:
     max_steps: 6
     per_device_train_batch_tokens: 160
-    dataset_weights: {{captions: 2.0, talks: 1.0, documents: 1.0, mmeb: 0.5}}
+    dataset_weights: {{captions: 2.0, talks: 1.0, documents: 1.0, mmeb: 0.5, pairs: 0.5}}
     shuffle_buffer_size: 16
     gradient_checkpointing: true
     check_data: {check_data}
@@ -135,7 +140,8 @@ def test_one_file_holds_data_of_every_form(tmp_path, model, processor, emoji, st
     logs = json.loads((tmp_path / "run" / stage / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in logs if "loss" in entry]
     assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses)
-    assert {"loss_image", "loss_text_source" if stage == "warmup" else "loss_text_target"} <= set().union(*logs)
+    losses = {"loss_image", "loss_text_source"} if stage == "warmup" else {"loss_text_target"}
+    assert losses <= set().union(*logs)
     before, after = (
         load_file(folder / "model.safetensors") for folder in (tmp_path / "start", tmp_path / "run" / stage / "final")
     )
@@ -213,40 +219,74 @@ def test_what_is_wrong_with_a_model_from_scratch_is_said(tmp_path, change, messa
 
 
 FOR_GPUS = [path for path in RECIPES if path.stem != "tiny"]
+MMEB_PAIRS = [  # image to text, text to image (swapped in stage 2), image to image (left out of it), text to text
+    ("<|image_1|>\nName it.", "0.png", "a face", ""),
+    ("Find it: a face", "", "<|image_1|>\nRepresent the given image.\n", "1.png"),
+    ("<|image_1|>\nFind one like it.", "2.png", "<|image_1|>\nRepresent the given image.\n", "3.png"),
+    ("\nWhich animal purrs?", "", "\na cat\n", ""),
+]
 
 
 @pytest.mark.parametrize("path", FOR_GPUS, ids=lambda path: path.stem)
-def test_a_recipe_for_gpus_runs_as_it_is_on_a_tiny_model_of_its_kind(tmp_path, processor, emoji, path):
+def test_a_recipe_for_gpus_runs_as_it_is_on_a_tiny_model_of_its_kind(tmp_path, processor, emoji, path, caplog):
+    """All three stages from pairs alone, adapters of each folded in before the next; and its result loads."""
     recipe = Recipe.load(path)
+    assert list(recipe.stages) == ["warmup", "bridge", "contrastive"]
     kind = "qwen2_5_vl" if "2_5" in path.stem else "qwen2_vl"
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "fullatt_block_indexes": [0]}
     vision = VISION_CONFIG if kind == "qwen2_vl" else vision
     save_cocoa(build_model(processor, TEXT_CONFIG, vision, model_type=kind), processor, tmp_path / "start")
     assert kind.replace("qwen2_5", "qwen2.5").replace("_", "-") in recipe.model["model_name_or_path"].lower()
-    recipe.model["model_name_or_path"] = str(tmp_path / "start")
+    recipe.model.update(model_name_or_path=str(tmp_path / "start"), dtype="float32")
     for number in range(4):
         emoji[number]["image"].save(tmp_path / f"{number}.png")
-    pairs = [
-        {"qry": "<|image_1|>\nName it.", "qry_image_path": f"{i}.png", "pos_text": f"face {i}", "pos_image_path": ""}
-        for i in range(4)
-    ]
-    Dataset.from_list(pairs).to_parquet(str(tmp_path / "pairs.parquet"))
+    columns = ("qry", "qry_image_path", "pos_text", "pos_image_path")
+    Dataset.from_list([dict(zip(columns, row, strict=True)) for row in MMEB_PAIRS]).to_parquet(
+        str(tmp_path / "pairs.parquet")
+    )
     for name, source in recipe.data["sources"].items():
-        assert source["layout"] == "mmeb_train" and source["name"] and source["eval"], name
-        assert not isinstance(source["name"], list) or len(set(source["name"])) == 20, "the in-domain subsets"
-        source.update(path="parquet", data_files="pairs.parquet", split="train", image_dir=str(tmp_path))
-        source.update(eval={"split": "train[:2]"})
+        assert source["layout"] == "mmeb_train" and len(set(source["name"])) == 20, name
+        source.update(path="parquet", data_files="pairs.parquet", image_dir=str(tmp_path))
+        source["split"] = source["split"].replace("original", "train")
         del source["name"]
     for stage in recipe.stages.values():
-        stage.update(max_steps=1, bf16=False, use_cpu=True, dataloader_num_workers=0, disable_tqdm=True)
-        stage.update(min_pixels=None, max_pixels=None, eval_steps=1, save_steps=1)
-        name = "per_device_train_batch_size" if "per_device_train_batch_size" in stage else None
-        stage.update({name: 4} if name else {"per_device_train_batch_tokens": 200})
+        stage.update(bf16=False, use_cpu=True, dataloader_num_workers=0, disable_tqdm=True, logging_steps=1)
+        stage.update(per_device_train_batch_size=4, save_steps=1, warmup_steps=0, learning_rate=1e-2, max_length=128)
+        if "max_steps" in stage:
+            stage["max_steps"] = 2
+    for stage, side in (("warmup", 336), ("bridge", 448)):
+        assert recipe.stages[stage]["image_resolution"] == side
+        recipe.stages[stage]["image_resolution"] = 32
     recipe.output_dir = str(tmp_path / "run")
-    final = run_recipe(recipe, lambda name: tmp_path / name)
-    assert (Path(final) / "modules.json").is_file()
-    if "bridge" in recipe.stages:
-        assert list((tmp_path / "run" / "bridge" / "reconstructions").glob("*.png"))
+    trainers = {}
+    logging.getLogger("transformers").propagate = True
+    final = run_recipe(recipe, lambda name: tmp_path / name, trainers.__setitem__)
+    assert "1 of 'mmeb'" in caplog.text, "the pair without a text to rebuild"
+    for stage, trainer in trainers.items():
+        peft_config = trainer.backbone.peft_config["default"]
+        assert peft_config.use_dora and (peft_config.r, peft_config.lora_alpha, peft_config.lora_dropout) == (
+            8,
+            64,
+            0.1,
+        )
+        assert peft_config.init_lora_weights == "gaussian"
+        names = {name for name, module in trainer.backbone.named_modules() if hasattr(module, "lora_A")}
+        endings = {name.rsplit(".", 1)[-1] for name in names}
+        assert set(recipe.model["lora_target_modules"]) == endings, stage
+        assert any(name.startswith("visual.blocks") for name in names)
+    starts = [tmp_path / "start", *(tmp_path / "run" / stage / "final" for stage in recipe.stages)]
+    weights = [load_file(folder / "model.safetensors") for folder in starts]
+    for before, after in pairwise(weights):
+        assert before.keys() == after.keys()
+        assert any(not torch.equal(before[name], after[name]) for name in before), "the stage was trained"
+    vectors = [
+        SentenceTransformer(final, device="cpu").encode(["a face"]),
+        SentenceTransformer(final, device="cpu", trust_remote_code=True).encode(["a face"]),
+        SentenceTransformer(modules=[CocoaTransformer(final)], device="cpu").encode(["a face"]),
+        CocoaTransformer(final).encode(["a face"]),
+    ]
+    for vector in vectors[1:]:
+        np.testing.assert_allclose(vector, vectors[0], atol=1e-5)
 
 
 def test_quantized_weights_need_adapters(tmp_path, model, processor):
