@@ -14,9 +14,8 @@ from sentence_transformers.util import batch_to_device
 from torch import nn
 
 from modeling_cocoa import CocoaTransformer
-from modeling_cocoa.attention import SOURCE, TARGET, attention_mask_for
+from modeling_cocoa.attention import attention_mask_for
 from modeling_cocoa.heads import attach_mask_token
-from modeling_cocoa.losses import normalize_patches
 from modeling_cocoa.packing import pack
 from modeling_cocoa.reconstruction import CocoaForReconstruction
 from trainers.collators import ReconstructionCollator, model_arguments
@@ -31,14 +30,14 @@ FORWARD_AND_BACKWARD = 3
 
 
 def plain_loss(model: CocoaForReconstruction, batch: dict[str, Any]) -> torch.Tensor:
-    """The loss of a layerwise bridge step written straight down: padded rows, a dense mask, logits of every token."""
+    """A layerwise bridge step on pairs written straight down: padded rows, a dense mask, logits of every token."""
     backbone, ids, segments = model.model, batch["input_ids"], batch["segment_ids"]
     is_image = ids == backbone.config.image_token_id
     embeds = backbone.get_input_embeddings()(ids)
     features = model._image_features(batch["pixel_values"], batch["image_grid_thw"], batch["image_is_target"])
     embeds = embeds.masked_scatter(is_image[..., None], features)
     positions = backbone.mrope_positions(ids, batch["attention_mask"], batch["image_grid_thw"])
-    mask = attention_mask_for("sdpa", segments, None, embeds.dtype)
+    mask = attention_mask_for("sdpa", segments, None, embeds.dtype, model.eos_sees_target)
     text = backbone.language_model
     hidden = text(
         inputs_embeds=embeds,
@@ -51,12 +50,7 @@ def plain_loss(model: CocoaForReconstruction, batch: dict[str, Any]) -> torch.Te
         logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="none"
     ).view(ids.shape[0], -1)
     masked = batch["labels"][:, 1:] != -100
-    total = sum(losses[masked & (segments[:, 1:] == part)].mean() for part in (SOURCE, TARGET))
-    units = torch.zeros_like(is_image)
-    units[is_image] = batch["unit_mask"]
-    pixels = model.image_decoder(hidden, text.rotary_emb(hidden, positions), units, attention_mask=mask)
-    targets = normalize_patches(batch["pixel_labels"].view(-1, *pixels.shape[1:])[batch["unit_mask"]])
-    return total + model.image_loss_weight * (pixels - targets).square().mean()
+    return losses[masked].mean()
 
 
 def relative_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
@@ -88,7 +82,7 @@ def bench_pretraining(folder: Path, rows: int, repeats: int) -> dict[str, Any]:
     attach_mask_token(model.model, module.processor.mask_token_id)
     collator = ReconstructionCollator(module.processor, stage="bridge")
     items = [
-        {"image": image, "text": text, "seed": (0, number), "index": number}
+        {"query": image, "positive": text, "seed": (0, number), "index": number}
         for number, (image, text) in enumerate(zip(make_images(rows), make_texts(rows), strict=True))
     ]
     batch = collator(items)
@@ -124,16 +118,14 @@ def bench_pretraining(folder: Path, rows: int, repeats: int) -> dict[str, Any]:
 
 
 def pretraining_operations(model: CocoaForReconstruction, batch: dict[str, Any]) -> float:
-    """What a bridge step needs, forward: source images, text layers, image decoder, logits of masked places."""
-    packing = pack(batch["segment_ids"])
+    """What a bridge step on pairs needs, forward: images, text layers, logits of masked places."""
+    packing = pack(batch["segment_ids"], model.eos_sees_target)
     spans = [(length, length) for length in packing.sources.lengths]
     spans += [(length, length + 1) for length in packing.targets.lengths]
     text = text_operations(model.model, spans, eos_only=False)
-    decoder = text * len(model.image_decoder.layers) / len(model.model.language_model.layers)
-    vision = vision_operations(model.model, batch["image_grid_thw"][~batch["image_is_target"]])
+    vision = vision_operations(model.model, batch["image_grid_thw"])
     head = model.model.get_input_embeddings().weight.numel() * int((batch["labels"] != -100).sum())
-    pixels = model.image_decoder.projection.weight.numel() * int(batch["unit_mask"].sum())
-    return text + decoder + vision + 2.0 * (head + pixels)
+    return text + vision + 2.0 * head
 
 
 def bench_contrastive(folder: Path, pairs: int, repeats: int) -> dict[str, Any]:

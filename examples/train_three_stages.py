@@ -41,10 +41,11 @@ def main() -> None:
     has_gpu = torch.cuda.is_available()
     model = str(asset_path("checkpoints/cocoa-tiny")) if is_tiny else options.model
 
-    # 1. The data: pictures with their captions. One row in ten is put aside for the evaluation at the end; with the
-    #    seed these are always the same rows.
-    rows = load_dataset("imagefolder", data_dir=str(options.folder), split="train").select_columns(["image", "text"])
-    parts = rows.train_test_split(test_size=0.1, seed=0)
+    # 1. The data: pairs of a caption and its picture, which all three stages train on. One row in ten is put aside for
+    #    the evaluation at the end; with the seed these are always the same rows.
+    rows = load_dataset("imagefolder", data_dir=str(options.folder), split="train")
+    rows = rows.rename_columns({"text": "query", "image": "positive"}).select_columns(["query", "positive"])
+    pairs = rows.train_test_split(test_size=0.1, seed=0)
 
     # 2. What the stages have in common. A token of a picture is 28 x 28 pixels: pictures become 256 to 1,024 of them
     #    and keep their shape. The tiny model has sizes of its own. A checkpoint is written every 200 steps and at the
@@ -57,22 +58,21 @@ def main() -> None:
         "save_steps": 200,
         "save_total_limit": 1,
         "report_to": "none",
-        # A large model knows a lot already, and small steps keep it that way: without this, each stage has its own.
+        # A large model knows a lot already, and small steps keep it that way: the default is 2e-5.
         **({"learning_rate": 5e-4} if is_tiny else {}),
         **({} if is_tiny else {"min_pixels": 256 * 28 * 28, "max_pixels": 1024 * 28 * 28, "max_length": 1280}),
     }
 
-    # 3. Stages 1 and 2, reconstruction. In the warm-up words and pixels are masked and rebuilt, by which the model
-    #    learns to read in both directions. In the bridge, a text is rebuilt from the last token of its picture alone,
-    #    and the picture from that of the text: all of an input has to be gathered there. In the log,
-    #    `eos_information_text` and `eos_information_image` rise from about zero as it learns to.
-    #    `resume_from_checkpoint=True` goes on from the last complete checkpoint, if there is one, and does nothing
-    #    where the stage has ended.
+    # 3. Stages 1 and 2, reconstruction. In the warm-up words and pixels of a pair are masked and rebuilt, by which the
+    #    model learns to read in both directions. In the bridge, the caption is rebuilt through the last token of its
+    #    picture alone: all of an input has to be gathered there. In the log, `eos_information_text` rises from about
+    #    zero as it learns to. `resume_from_checkpoint=True` goes on from the last complete checkpoint, if there is
+    #    one, and does nothing where the stage has ended.
     for stage in ("warmup", "bridge"):
         arguments = CocoaReconstructionConfig(
             str(options.output / stage), stage=stage, per_device_train_batch_size=8, **common
         )
-        trainer = CocoaReconstructionTrainer(model, arguments, train_dataset=parts["train"])
+        trainer = CocoaReconstructionTrainer(model, arguments, train_dataset=pairs["train"])
         trainer.train(resume_from_checkpoint=True)
         model = str(options.output / stage / "final")  # the next stage starts from it
         trainer.save_model(model)
@@ -80,10 +80,6 @@ def main() -> None:
 
     # 4. Stage 3, contrastive: many pairs at once, and each caption is to find its own picture among all of them. The
     #    more at once, the better; `mini_batch_num_tokens` has them in the memory of so many tokens.
-    pairs = {
-        name: part.rename_columns({"text": "query", "image": "positive"}).select_columns(["query", "positive"])
-        for name, part in parts.items()
-    }
     arguments = CocoaContrastiveConfig(
         str(options.output / "contrastive"),
         per_device_train_batch_size=64 if is_tiny else 256,

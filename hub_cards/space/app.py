@@ -256,6 +256,7 @@ def lay_out_rebuilding(page: Page, box: gr.MultimodalTextbox) -> None:
         allow_preview=False,
         buttons=[],
         interactive=False,
+        visible=page.rebuilder.rebuilds_images,
         elem_id="rebuilt-pictures",
         elem_classes="pictures",
     )
@@ -291,11 +292,19 @@ def about_rebuilding(
     ratios = rebuilder.collator
     about = (
         f"`{label(str(rebuild_model))}` reads a source and closes it with the `<EOS>`. A target is rebuilt from that "
-        "one token alone, beside what is left of the target itself: a picture is hidden whole, and of words "
-        f"{ratios.target_mask_ratio:.0%} are hidden (of a source's words {ratios.source_mask_ratio:.0%}). With a "
-        "picture and words in the box, each is rebuilt from itself, from the other, and from both."
+        "one token alone, beside what is left of the target itself: of words "
+        f"{ratios.target_mask_ratio:.0%} are hidden"
     )
-    if rebuilder.model.normalize_pixels:
+    if ratios.source_mask_ratio:
+        about += f" (of a source's words {ratios.source_mask_ratio:.0%})"
+    if rebuilder.rebuilds_images:
+        about += (
+            ", and an image is hidden completely. With an image and words in the box, each is rebuilt from itself, "
+            "from the other, and from both."
+        )
+    else:
+        about += ". With an image and words in the box, the words are rebuilt from themselves and from the image."
+    if rebuilder.model.normalize_pixels and rebuilder.rebuilds_images:
         about += (
             " This model was trained to rebuild the pattern of each patch, not its colour: brightness and contrast of "
             "every patch below are the original's."

@@ -16,6 +16,7 @@ from torch import Tensor
 from hub_cards.training_record import RECORD_FILE, StageRecord, read_records
 from modeling_cocoa.attention import TARGET
 from modeling_cocoa.heads import find_checkpoint_file
+from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.reconstruction import HEADS_FILE, CocoaForReconstruction
 from trainers.collators import DIRECTION_WEIGHTS, DIRECTIONS, ReconstructionCollator, model_arguments
@@ -29,7 +30,7 @@ BEFORE_EOS_OPTION = {
     "target_mask_ratio": 0.7,
     "direction_weights": dict.fromkeys(DIRECTIONS, 1.0),
 }
-"""Defaults of the runs whose record does not say what the EOS saw: there was no choice, and it did not see the target."""
+"""Defaults of runs whose record does not say what the EOS saw: there was no choice, and it did not see the target."""
 SEED = 0
 """Of what is hidden: the same input is always masked alike."""
 
@@ -83,8 +84,8 @@ class Rebuilder:
         processor ([`CocoaProcessor`]): The model's.
         source_mask_ratio, target_mask_ratio (`float`): How much of a text is hidden; by default as in
             [`CocoaReconstructionConfig`]. Target pictures are hidden whole.
-        direction_weights (`dict[str, float]`, *optional*): The directions that the model was trained in, those above 0;
-            by default those whose target is a text.
+        direction_weights (`dict[str, float]`, *optional*): The directions that the model was trained in, those above
+            0; by default those whose target is a text.
     """
 
     def __init__(
@@ -144,6 +145,11 @@ class Rebuilder:
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model, CocoaProcessor.from_pretrained(name), **asked)
 
+    @property
+    def rebuilds_images(self) -> bool:
+        """Whether the model was trained to rebuild images from the EOS."""
+        return any("image" in target for _, target in self.directions.values())
+
     def rebuild(self, query: dict[str, Any]) -> list[Rebuilt]:
         """
         Rebuild an input in each direction that the model was trained in and that its picture and text can serve.
@@ -152,11 +158,13 @@ class Rebuilder:
             query (`dict`): `image`, `text` or both.
 
         Raises:
-            CocoaInputError: the input cannot be read, or nothing of it can be hidden.
+            CocoaInputError: the input cannot be read, has nothing that the model was trained to rebuild, or nothing of
+                it can be hidden.
         """
         possible = [name for name, (source, target) in self.directions.items() if {*source, *target} <= set(query)]
         if not possible:
-            return []
+            needed = " or ".join(sorted({" and ".join(dict.fromkeys((*s, *t))) for s, t in self.directions.values()}))
+            raise CocoaInputError(f"there is nothing that this model was trained to rebuild; give {needed}.")
         examples = [
             replace(self.collator, direction_weights={name: 1.0}).example({**query, "seed": SEED}) for name in possible
         ]

@@ -22,6 +22,7 @@ from datasets import Dataset
 from evaluation.assets import asset_path
 from evaluation.demo import CHECKPOINT
 from evaluation.emoji import load_emoji
+from trainers.collators import DIRECTIONS
 from trainers.reconstruction_config import CocoaReconstructionConfig
 from trainers.reconstruction_trainer import CocoaReconstructionTrainer
 
@@ -93,7 +94,9 @@ def train_bridge(folder: Path) -> CocoaReconstructionTrainer:
         per_device_train_batch_size=8,
         learning_rate=5e-4,
         normalize_pixels=False,
+        source_mask_ratio=0.15,
         target_mask_ratio=0.6,
+        direction_weights=dict.fromkeys(DIRECTIONS, 1.0),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -223,13 +223,28 @@ def test_a_checkpoint_is_rebuilt_with_as_it_was_trained(trainer, tmp_path):
     assert "60% are hidden" in about_rebuilding(source, source, rebuilder)
     assert "brightness" not in about_rebuilding(source, source, rebuilder)
 
+    assert rebuilder.model.eos_sees_target and rebuilder.rebuilds_images
+
     folder = tmp_path / "model"
     shutil.copytree(source, folder)
     *_, record = read_records(source)
+    write_records(folder, [replace(record, settings={"bridge": "layerwise", "eos_sees_target": True})])
+    rebuilder = Rebuilder.from_pretrained(folder)
+    assert set(rebuilder.directions) == {"image_to_text", "text_to_text"} and not rebuilder.rebuilds_images
+    assert rebuilder.collator.source_mask_ratio == 0
+    with pytest.raises(CocoaInputError, match="this model was trained to rebuild; give image and text or"):
+        rebuilder.rebuild({"image": Image.new("RGB", (64, 64))})
+    assert [found.direction for found in rebuilder.rebuild({"text": "black cat"})] == ["text_to_text"]
+    about = about_rebuilding(folder, folder, rebuilder)
+    assert "hidden completely" not in about and "the words are rebuilt from themselves and from the image" in about
+
+    # A record from before the EOS could see the target.
     settings = {"bridge": "embedding", "normalize_pixels": True}
     write_records(folder, [replace(record, settings=settings)])
     rebuilder = Rebuilder.from_pretrained(folder)
     assert rebuilder.model.normalize_pixels and rebuilder.model.bridge == "embedding"
+    assert not rebuilder.model.eos_sees_target and len(rebuilder.directions) == 5
+    assert rebuilder.collator.source_mask_ratio == 0.15
     assert "70% are hidden" in about_rebuilding(folder, folder, rebuilder)
     assert "brightness and contrast of every patch below are the original's" in about_rebuilding(
         folder, folder, rebuilder
