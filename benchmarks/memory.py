@@ -33,7 +33,7 @@ GIB = 2**30
 TOKENS = 488
 """Tokens (and patches) that a layer is measured with; no side of a weight, or casts could be taken for states."""
 BUDGET = 12_800
-"""Tokens of a step on each device: the method's own (see trainers/reconstruction_config.py for the option)."""
+"""Tokens of a step on each device."""
 
 TRAINED = 4 + 4 + 8
 """Bytes of a weight that trains: itself and its gradient in float32, and the two moments of AdamW."""

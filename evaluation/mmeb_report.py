@@ -57,8 +57,8 @@ def markdown_report(scores: Sequence[Scores], published: Sequence[Published] = (
         note = f"measured; {len(of_model.tasks)} of {of_model.of_tasks} tasks"
         lines.append(f"| {of_model.model} | {' | '.join(cells)} | {note}{', partial' * of_model.is_partial} |")
     for other in published:
-        values = {kind: getattr(other, kind) for kind in KINDS} | {"overall": other.overall}
-        cells = [f"{values[name]:.1f}" if name in values else "–" for name in MEANS]
+        values = [getattr(other, name) for name in MEANS]
+        cells = ["–" if value is None else f"{value:.1f}" for value in values]
         lines.append(f"| {other.model} ({other.billions:g}B) | {' | '.join(cells)} | {other.source} |")
     if published:
         lines += ["", f"Published figures as of {PUBLISHED_AS_OF}."]

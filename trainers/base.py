@@ -46,8 +46,9 @@ class SharedOptions:
     max_length: int | None = field(
         default=None,
         metadata={
-            "help": "Longest input (in the bridge: source or target), in tokens; text is cut, images never. By "
-            f"default the checkpoint's, {MAX_LENGTH} at most, or what a processor that is given has."
+            "help": "Longest input (in the bridge: source or target), in tokens; text is cut, images never. A pair "
+            "whose text to rebuild is longer is a bad row. By default the checkpoint's, "
+            f"{MAX_LENGTH} at most, or what a processor that is given has."
         },
     )
     min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to this many pixels."})

@@ -39,7 +39,7 @@ class ContrastiveCollator(SentenceTransformerDataCollator):
         except CocoaInputError as error:
             if self.on_bad_sample == "raise":
                 raise ValueError(
-                    f"A row of this batch cannot be read: {error.reason} Mend it, or set on_bad_sample='skip'."
+                    f"A row of this batch cannot be read: {error.reason} Repair it, or set on_bad_sample='skip'."
                 ) from error
         readable = [row for row in features if self._can_read(row)]
         if not readable:

@@ -66,7 +66,7 @@ class Recipe:
             - `contrastive`, by name: `query`, `positive`, `negative_1`, ..., each with a column of the source, or a
               text with columns in braces; an entry without columns takes the source's of these names.
             - `reconstruction`, by name: the same, or the columns of rows of one side ([`~rows.parts_of`]: `image`,
-              `text`, `messages`, ...). Left out where stages 1 and 2 train on the pairs of stage 3, as the authors do.
+              `text`, `messages`, ...). Left out where stages 1 and 2 train on the pairs of stage 3.
 
             An entry names its `source`, unless there is one only. A column of lists is joined with commas, as
             `{column:sample}` only a random part of each list, in random order. An entry with `variants` is used that

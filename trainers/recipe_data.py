@@ -51,7 +51,8 @@ def reconstruction_data(
     section = "reconstruction" if "reconstruction" in data else "contrastive"
     for name, columns, variants in made_entries(data, section, find_file, seed, evaluation):
         known = (*PAIR_COLUMNS, *ROW_COLUMNS)
-        if section == "reconstruction" and (unknown := [column for column in columns if column not in known]):
+        unknown = [column for column in columns if column not in known and not re.fullmatch(PAIR_COLUMN, column)]
+        if section == "reconstruction" and unknown:
             raise ValueError(
                 f"data: reconstruction {name} has unknown columns {unknown}; there are {list(known)}, and "
                 f"{list(ENTRY_OPTIONS)}."
@@ -111,7 +112,7 @@ def made_entries(
             if isinstance(source, IterableDataset) and variants > 1:
                 raise ValueError(f"data: {name} is streamed, pass after pass, and has no variants.")
             columns = {column: value for column, value in entry.items() if column not in ENTRY_OPTIONS}
-            if not columns:
+            if not columns:  # negatives too, which stages 1 and 2 do not read
                 columns = {column: column for column in source.column_names if re.fullmatch(PAIR_COLUMN, column)}
             made = [
                 make_variant(source, columns, (seed, number, variant), augment=bool(entry.get("augment") and variant))

@@ -89,6 +89,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 from trainers import CocoaReconstructionConfig, CocoaReconstructionTrainer
+from trainers.collators import DIRECTIONS
 
 model, folder, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 
@@ -105,7 +106,8 @@ class Keep(TrainerCallback):
 
 args = CocoaReconstructionConfig(
     output_dir=folder, max_steps=1, max_grad_norm=1e9, logging_steps=1, save_strategy="no", report_to="none",
-    use_cpu=True, disable_tqdm=True, check_data=False, ddp_find_unused_parameters=False, **options,
+    use_cpu=True, disable_tqdm=True, check_data=False, ddp_find_unused_parameters=False,
+    direction_weights=dict.fromkeys(DIRECTIONS, 1.0), **options,
 )
 rows = Dataset.from_parquet(os.path.join(model, "rows.parquet"))
 trainer = CocoaReconstructionTrainer(model, args, train_dataset=rows, callbacks=[Keep()])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, IterableDataset
 
+from trainers.datasets import ReconstructionDataset
 from trainers.recipe_data import assemble, column_texts, contrastive_data, reconstruction_data, select_rows
 
 ROOT = Path(__file__).parents[2]
@@ -158,3 +159,15 @@ def test_conversations_documents_and_paths_stay_as_they_are(tmp_path):
 def test_what_is_wrong_with_the_data_is_said(read, section, entries, options, message):
     with pytest.raises(ValueError, match=message):
         read(section, entries, **options)
+
+
+def test_pre_training_reads_the_pairs_of_contrastive_training(tmp_path):
+    """Without entries of its own, or by an entry without columns; negatives come along and are not read."""
+    row = {"query": "a", "positive": "b", "negative_1": "c"}
+    Dataset.from_list([row] * 4).to_parquet(str(tmp_path / "pairs.parquet"))
+    source = {"pairs": {"path": "parquet", "data_files": "pairs.parquet"}}
+    for sections in ({"contrastive": {"x": {}}}, {"reconstruction": {"x": {}}}):
+        data = {"sources": source, **sections}
+        (name,), (rows,) = zip(*reconstruction_data(data, lambda name: tmp_path / name).items(), strict=True)
+        assert name == "x" and rows[0] == row
+        assert set(ReconstructionDataset(rows, 0)[0]) == {"query", "positive", "index", "seed"}

@@ -49,6 +49,7 @@ from datasets import Dataset, Features, Value
 from peft import LoraConfig
 from torch.distributed.fsdp import FSDPModule
 
+from trainers.collators import DIRECTIONS
 from trainers import (
     CocoaContrastiveConfig, CocoaContrastiveTrainer, CocoaReconstructionConfig, CocoaReconstructionTrainer
 )
@@ -65,11 +66,13 @@ options = dict(
 )
 lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "qkv"]) if "lora" in kind else None
 if "contrastive" in kind:
-    args = CocoaContrastiveConfig(gather_across_devices=True, symmetric=True, temperature=0.1, **options)
+    size = 2 if "cached" in kind else None
+    args = CocoaContrastiveConfig(
+        gather_across_devices=True, symmetric=True, temperature=0.1, mini_batch_size=size, **options
+    )
     data = rows.rename_columns({"text": "query", "image": "positive"}).select_columns(["query", "positive"])
     data = data.filter(lambda row: row["query"] is not None and row["positive"] is not None)
     if "cached" in kind:
-        args.mini_batch_size = 2
         data = Dataset.from_list(
             [{"query": row, "positive": f"number {place}"} for place, row in enumerate(rows)],
             features=Features({"query": dict(rows.features), "positive": Value("string")}),
@@ -84,7 +87,7 @@ if "contrastive" in kind:
         )
     trainer = CocoaContrastiveTrainer(model, args, train_dataset=data, peft_config=lora)
 else:
-    args = CocoaReconstructionConfig(stage="bridge", **options)
+    args = CocoaReconstructionConfig(stage="bridge", direction_weights=dict.fromkeys(DIRECTIONS, 1.0), **options)
     trainer = CocoaReconstructionTrainer(model, args, train_dataset=rows, eval_dataset=rows, peft_config=lora)
 trainer.train(resume_from_checkpoint=True)
 if trainer.eval_dataset is not None:
