@@ -31,6 +31,7 @@ from modeling_cocoa.processing_cocoa import CocoaProcessor
 
 from .adapters import PARTS
 from .checkpoints import last_checkpoint
+from .measuring import measuring, random_state_kept
 from .pictures import last_picture
 from .progress import LossProgressCallback
 from .record import RunRecord
@@ -238,6 +239,16 @@ class CocoaTrainerMixin:
                 return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, leaving the run as it is (see [`measuring`]); see [`~transformers.Trainer.evaluate`]."""
+        with measuring(self.model):
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict, leaving the run as it is (see [`measuring`]); see [`~transformers.Trainer.predict`]."""
+        with measuring(self.model):
+            return super().predict(*args, **kwargs)
+
     def check_loss(self, loss: Tensor, rows: Callable[[], list[Any]]) -> None:
         """
         Stop before a step with a loss that is no number, which would spoil the weights.
@@ -319,7 +330,7 @@ class CocoaTrainerMixin:
                 "A checkpoint holds the whole model: set stage3_gather_16bit_weights_on_model_save (zero3_save_16bit_"
                 "model in accelerate's file), as in trainers/accelerate_configs/deepspeed_zero3.yaml."
             )
-        with whole_weights(self.args):
+        with whole_weights(self.args), random_state_kept():
             self.write_model(output_dir if output_dir is not None else self.args.output_dir, state_dict)
 
     def _load_best_model(self) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from modeling_cocoa.files import written_whole
 
 from .contrastive_config import SMALLEST_TEMPERATURE, CocoaContrastiveConfig
+from .measuring import measuring
 
 TEMPERATURE_FILE = "temperature.safetensors"
 """File of a checkpoint that holds a learned temperature, to go on from."""
@@ -96,12 +97,8 @@ class Guide(nn.Module):
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Any]:
         (model,) = self.models
-        training = model.training
-        model.eval()
-        try:
+        with measuring(model):
             return model(features)
-        finally:
-            model.train(training)
 
 
 class SelfGuidedLoss(CachedGISTEmbedLoss):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
@@ -62,3 +63,44 @@ class RunningMeans:
             if count := sum(pair[1] for pair in pairs):
                 means[name] = sum(pair[0] for pair in pairs) / count
         return means
+
+
+class RowMeans:
+    """
+    Means by name over the rows of an evaluation set, whatever batches they come in.
+
+    Each row counts once, also where several processes have read it to fill up their last batch.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[list[Any], dict[str, tuple[Tensor, Tensor]]]] = []
+
+    def add(self, rows: list[Any], sums: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """
+        Add the values of some rows.
+
+        Args:
+            rows (`list`): What they are called.
+            sums (`Mapping[str, tuple[Tensor, Tensor]]`): By name, the sum of each row's values and their number, both
+                of shape `(rows,)`.
+        """
+        self._batches.append((rows, dict(sums)))
+
+    def take(self) -> tuple[dict[str, float], int]:
+        """The means, and the number of rows, of all processes (each has to call this); starts anew."""
+        own: dict[Any, dict[str, tuple[float, float]]] = {}
+        for rows, sums in self._batches:
+            by_name = {name: torch.stack(pair).double().cpu().T.tolist() for name, pair in sums.items()}
+            for place, row in enumerate(rows):
+                own[row] = {name: tuple(pairs[place]) for name, pairs in by_name.items()}
+        self._batches = []
+        found: dict[Any, dict[str, tuple[float, float]]] = {}
+        for part in gather_object([own]):
+            found.update(part)
+        totals: dict[str, list[float]] = {}
+        for values in found.values():
+            for name, (total, count) in values.items():
+                sums_of_name = totals.setdefault(name, [0.0, 0.0])
+                sums_of_name[0] += total
+                sums_of_name[1] += count
+        return {name: total / count for name, (total, count) in sorted(totals.items()) if count}, len(found)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hub_cards.card_data import CocoaModelCardData
+from modeling_cocoa.attention import TARGET
 from modeling_cocoa.heads import attach_mask_token
 from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
@@ -28,6 +29,7 @@ from modeling_cocoa.reconstruction import (
     HEADS_FILE,
     LOSSES,
     CocoaForReconstruction,
+    ReconstructionOutput,
     count_losses,
 )
 from modeling_cocoa.saving import save_cocoa
@@ -35,17 +37,20 @@ from modeling_cocoa.saving import save_cocoa
 from .adapters import below, load_checkpoint, load_weights, merged, prepare_parts, save_adapter
 from .base import CocoaTrainerMixin, check_devices, check_sizes, whole_weights
 from .batching import TokenBatchSampler, count_row_tokens
-from .collators import ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
+from .collators import Example, ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
 from .datasets import EpochSampler, ReconstructionDataset, drop_pairs_without_text
 from .masking import IGNORE_INDEX
+from .measuring import measuring
 from .pictures import draw_pictures, save_reconstructions, write_texts
-from .progress import RunningMeans
+from .progress import RowMeans, RunningMeans
 from .reconstruction_config import CocoaReconstructionConfig
 from .record import RunRecord
 from .streaming import ReconstructionStream, mix_streams
 
 EOS_ROWS = 16
-"""Rows of a batch by which `eos_information` is measured."""
+"""Rows of a batch by which `eos_information` is measured in training."""
+EVALUATED_EOS_ROWS = 64
+"""Rows of an evaluation set by which it is measured: the first ones, whatever the size of batches."""
 SHOWN_ROWS = 8
 """Rows of the evaluation data whose reconstructions are written out."""
 EOS_KINDS = {"text_target": "text", "image": "image"}
@@ -112,7 +117,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             model.lm_head.requires_grad_(False)  # pretrained like the base, and tied to it in other models
 
         self._row_tokens: dict[str, np.ndarray] | None = None
-        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
+        self._means = RunningMeans()
+        self._row_means = RowMeans()
         collator = ReconstructionCollator(
             processing_class,
             stage=args.stage,
@@ -257,29 +263,23 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted sum of the losses; their means by name go to the log."""
-        means = self._means["train" if model.training else "eval"]
         # DDP and its kin take the mean over processes, of losses that are parts of a sum here.
         counts = None if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
         # What is frozen leaves batches in which nothing has a gradient.
         touch_all = self._is_distributed or bool(self.args.freeze_parts)
         output = model(**model_arguments(inputs), loss_counts=counts, touch_all=touch_all)
         self.check_loss(output.loss, lambda: inputs["rows"])
-        for name, loss in output.losses.items():
-            means.add(f"loss_{name}", loss.detach(), 1)
-        directions = inputs["directions"]
-        if output.token_losses is not None:
-            labels = inputs["labels"]
-            hidden = labels != IGNORE_INDEX
-            correct = output.token_predictions == labels[hidden]
-            rows = hidden.nonzero()[:, 0]
-            means.add("token_accuracy", correct.sum(), len(correct))
-            add_by_direction(means, directions, rows, text=output.token_losses.detach(), token_accuracy=correct)
-        if output.unit_losses is not None:
-            add_by_direction(means, directions, rows_of_units(inputs), pixel=output.unit_losses.detach())
-        if self.args.stage == "bridge" and (not model.training or self._logs_this_step()):
-            self._measure_eos(model, inputs, means)
+        sums = sums_of_rows(inputs, output)
+        if not model.training:
+            self._row_means.add(inputs["rows"], sums)
+            return (output.loss, {}) if return_outputs else output.loss
+        for name, (totals, numbers) in sums.items():
+            self._means.add(name, totals.sum(), numbers.sum())
+        if self.args.stage == "bridge" and self._logs_this_step():
+            for name, (total, number) in self._eos_information(model, take_apart(inputs)[:EOS_ROWS]).items():
+                self._means.add(name, total, number)
         if self.args.on_bad_sample == "skip" or isinstance(self.train_dataset, ReconstructionStream):
-            means.add("skipped_rows", inputs.get("num_skipped", 0), 1)
+            self._means.add("skipped_rows", inputs.get("num_skipped", 0), 1)
         return (output.loss, {}) if return_outputs else output.loss
 
     @property
@@ -291,23 +291,38 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         return step == 0 if self.state.logging_steps < 1 else (step + 1) % self.state.logging_steps == 0
 
     @torch.no_grad()
-    def _measure_eos(self, model: nn.Module, inputs: dict[str, Any], means: RunningMeans) -> None:
+    def _eos_information(
+        self, model: nn.Module, examples: list[Example], batch_size: int = EOS_ROWS
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """
         How much of the targets the EOS tells: their loss behind another row's source, minus that behind their own.
 
         Every process makes the same calls of the model, with pairs of rows or without, because sharded weights are
         gathered in them.
+
+        Args:
+            model (`nn.Module`): As the trainer has wrapped it.
+            examples (`list[Example]`): Of any directions.
+            batch_size (`int`): So many at a time.
+
+        Returns:
+            `dict`: By name, the sum over tokens or image units, and their number; none without two rows of a
+            direction.
         """
-        examples = take_apart(inputs)[:EOS_ROWS]
         own, swapped = swap_sources(examples)
-        count = len(own)
-        losses = []
-        for rows in (own or examples, swapped or examples):
-            batch = self.data_collator.collate(rows)
-            output = model(**model_arguments(batch), touch_all=self._is_distributed)
-            losses.append({name: output.losses[name] for name in ("text_target", "image") if name in output.losses})
-        for name, loss in losses[0].items():
-            means.add(f"eos_information_{EOS_KINDS[name]}", (losses[1][name] - loss) * count, count)
+        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        with measuring(model), self.compute_loss_context_manager():
+            for rows, sign in ((own or examples, -1), (swapped or examples, 1)):
+                for start in range(0, len(rows), batch_size):
+                    batch = self._prepare_inputs(self.data_collator.collate(rows[start : start + batch_size]))
+                    sums = sums_of_rows(batch, model(**model_arguments(batch), touch_all=self._is_distributed))
+                    for loss, kind in EOS_KINDS.items():
+                        if own and (pair := sums.get(f"loss_{loss}")) is not None:
+                            name = f"eos_information_{kind}"
+                            total, number = found.get(name, (0.0, 0.0))
+                            number = number + pair[1].sum() if sign > 0 else number
+                            found[name] = (total + sign * pair[0].sum(), number)
+        return found
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -317,31 +332,61 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach().mean(), None, None
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate; the losses by name are among the metrics."""
-        self._means["eval"].take()
-        output = super().evaluation_loop(*args, **kwargs)
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """
+        Evaluate; the losses by name are among the metrics.
+
+        Each is the mean over all tokens or image units of the evaluation set, and `loss` their weighted sum: none
+        depends on the size of batches or the number of processes.
+        """
+        self._row_means.take()
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        means, rows = self._row_means.take()
+        weights = {"loss_image": self.args.image_loss_weight}
+        means["loss"] = sum(weights.get(name, 1.0) * means.get(name, 0.0) for name in map("loss_{}".format, LOSSES))
+        if self.args.on_bad_sample == "skip":
+            means["skipped_rows"] = len(dataloader.dataset) - rows
+        if self.args.stage == "bridge":
+            examples = self._first_examples(dataloader.dataset, EVALUATED_EOS_ROWS)
+            found = self._eos_information(self.model_wrapped, examples, self.args.per_device_eval_batch_size)
+            means.update({name: float(total / number) for name, (total, number) in found.items()})
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics.update({f"{prefix}_{name}": value for name, value in self._means["eval"].take().items()})
-        self._show_reconstructions()
+        output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """
+        The losses of the evaluation data, and what the model makes of its first rows, in `reconstructions/`; see
+        [`~transformers.Trainer.evaluate`].
+        """
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        self._show_reconstructions()
+        return metrics
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Batches of the rows that [`~transformers.Trainer.predict`] was given; only their losses are predicted."""
+        return super().get_test_dataloader(self._read_rows(test_dataset, "evaluation", self.data_collator, self.args))
+
+    def _first_examples(self, dataset: ReconstructionDataset, count: int) -> list[Example]:
+        """Of the first rows, those that can be read."""
+        examples = []
+        for row in range(min(count, len(dataset))):
+            try:
+                examples.append(self.data_collator.example(dataset[row]))
+            except CocoaInputError:
+                continue  # counted by the evaluation itself
+        return examples
 
     @torch.no_grad()
     def _show_reconstructions(self) -> None:
         """Write what the model makes of the first rows of the evaluation data, always masked alike."""
         if self.eval_dataset is None:
             return
-        examples = []
-        for row in range(min(SHOWN_ROWS, len(self.eval_dataset))):
-            try:
-                examples.append(self.data_collator.example(self.eval_dataset[row]))
-            except CocoaInputError:
-                continue  # counted by the evaluation itself
+        examples = self._first_examples(self.eval_dataset, SHOWN_ROWS)
         if not examples:
             return
         batch = self._prepare_inputs(self.data_collator.collate(examples))
-        with self.compute_loss_context_manager():
-            self.model_wrapped.eval()  # alone: DeepSpeed's returns nothing
+        with measuring(self.model_wrapped), self.compute_loss_context_manager():
             output = self.model_wrapped(**model_arguments(batch))
         if self.is_world_process_zero():
             grid = draw_pictures(batch, output, self.processing_class, normalized=self.args.normalize_pixels)
@@ -351,7 +396,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the losses by name to a training log."""
         if "loss" in logs:
-            logs.update(self._means["train"].take())
+            logs.update(self._means.take())
         super().log(logs, *args, **kwargs)
 
     def write_model(self, folder: str, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -377,16 +422,39 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         load_checkpoint(own.model, resume_from_checkpoint)
 
 
-def add_by_direction(means: RunningMeans, directions: list[str], rows: torch.Tensor, **values: torch.Tensor) -> None:
+def sums_of_rows(
+    batch: Mapping[str, Any], output: ReconstructionOutput
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """
-    Add values to the means of their directions, as `name_direction`.
+    Of each row of a batch, the sums of its losses and their numbers, both of shape `(rows,)`: by name (`loss_...`,
+    `token_accuracy`) and by direction (`text_...`, `token_accuracy_...`, `pixel_...`).
 
     Args:
-        directions (`list[str]`): Of each row.
-        rows (`Tensor` of shape `(values,)`): The row of each value.
-        values (`Tensor` of shape `(values,)`): By name.
+        batch (`Mapping`): From [`ReconstructionCollator`].
+        output ([`ReconstructionOutput`]): Of the model for it.
     """
-    for direction in sorted(set(directions)):
-        chosen = torch.tensor([name == direction for name in directions], device=rows.device)[rows]
-        for name, value in values.items():
-            means.add(f"{name}_{direction}", (value * chosen).sum(), chosen.sum())
+    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    directions = batch["directions"]
+
+    def add(
+        values: torch.Tensor, rows: torch.Tensor, name: str | None = None, by_direction: str | None = None
+    ) -> None:
+        values = values.detach().float()
+        empty = values.new_zeros(len(directions))
+        pair = empty.index_add(0, rows, values), empty.index_add(0, rows, torch.ones_like(values))
+        if name:
+            sums[name] = pair
+        for direction in sorted(set(directions)) if by_direction else ():
+            chosen = torch.tensor([own == direction for own in directions], device=values.device)
+            sums[f"{by_direction}_{direction}"] = pair[0] * chosen, pair[1] * chosen
+
+    if output.token_losses is not None:
+        hidden = batch["labels"] != IGNORE_INDEX
+        rows, is_target = hidden.nonzero()[:, 0], batch["segment_ids"][hidden] == TARGET
+        add(output.token_losses[~is_target], rows[~is_target], "loss_text_source")
+        add(output.token_losses[is_target], rows[is_target], "loss_text_target")
+        add(output.token_losses, rows, by_direction="text")
+        add(output.token_predictions == batch["labels"][hidden], rows, "token_accuracy", "token_accuracy")
+    if output.unit_losses is not None:
+        add(output.unit_losses, rows_of_units(batch), "loss_image", "pixel")
+    return sums
