@@ -12,7 +12,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +29,7 @@ from .doors import find_door_problems
 from .folder_checks import find_problems, is_json, told_too_much, uploaded_files
 from .folder_facts import read_json
 from .space_folder import write_space
+from .training_record import RECORD_FILE, read_records
 
 NO_NAME = "path/or/name"
 """In cards of models that have no name on the Hub yet."""
@@ -59,7 +66,8 @@ def push_model(
     console: Console | None = None,
 ) -> str | None:
     """
-    Check a model's folder, also in a fresh process through both doors, and upload it as one commit.
+    Check name and login, then a model's folder, also in a fresh process by both ways to load it, and upload it as one
+    commit.
 
     Code that a re-save through the stock door has lost is put back in what is uploaded. Weights on the Hub that the
     folder no longer has are removed by the same commit; other files there stay.
@@ -79,12 +87,16 @@ def push_model(
 
     Raises:
         FileNotFoundError: there is no such folder.
+        ValueError: the Hub has no such names.
         FolderError: it is not fit for the Hub; lists all that is wrong.
-        PushError: the Hub did not take it; says what became of the repository.
+        PushError: there is no login, or the Hub did not take it; says what became of the repository. A dry run only
+            prints that there is no login.
     """
     folder, console = Path(folder), console or Console()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
+    check_name(repo_id)
+    check_login(token, repo_id, console, dry_run)
     with staged(folder) as staging:
         mended = put_code_back(staging)
         name_in_card(staging, repo_id)
@@ -92,6 +104,8 @@ def push_model(
         problems = find_problems(staging) or find_door_problems(staging)
         if problems:
             raise FolderError(folder, problems)
+        if note := pretraining_note(folder):
+            console.print(note, style="yellow")
         if mended:
             console.print(f"Put back, as a re-save had lost them: {', '.join(mended)} ({folder} is as it was).")
         console.print(list_files(staging, repo_id, revision))
@@ -123,11 +137,12 @@ def push_space(
         `str`: Address of the commit; none of a dry run.
 
     Raises:
-        ValueError: a model is not named as on the Hub.
+        ValueError: a model, or the Space, is not named as on the Hub.
         FolderError: a file of the package names a path of this machine or holds a secret.
         PushError: the Hub did not take it; says what became of the repository.
     """
     console = console or Console()
+    check_name(repo_id)
     with tempfile.TemporaryDirectory(prefix="cocoa-space-") as scratch:
         folder = Path(scratch) / "space"
         write_space(folder, model=model, rebuild_model=rebuild_model)
@@ -138,6 +153,41 @@ def push_space(
             console.print("Nothing was uploaded: this was a dry run.")
             return None
         return upload(folder, repo_id, private, None, token, "Upload the app", repo_type="space", space_sdk="gradio")
+
+
+def check_name(repo_id: str) -> None:
+    """Raise `ValueError` where the Hub would refuse a repository's name."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name on the Hub; give ORGANIZATION/NAME. {error}") from error
+
+
+def check_login(token: str | None, repo_id: str, console: Console, dry_run: bool) -> None:
+    """
+    Ask the Hub whose token it is, before the checks that take long.
+
+    Raises:
+        PushError: it is nobody's, or the Hub cannot be asked; a dry run prints that instead.
+    """
+    try:
+        console.print(f"Logged in as {HfApi(token=token).whoami()['name']}.")
+    except Exception as error:  # of huggingface_hub and the HTTP library that it is built on, which has changed
+        reason = reason_of(error, repo_id)
+        if not dry_run:
+            raise PushError(f"{reason} Nothing was uploaded.") from error
+        console.print(f"The login was not checked, or a push would fail: {reason}", style="yellow")
+
+
+def pretraining_note(folder: Path) -> str | None:
+    """What to know of a folder that reconstruction pre-training saved last; none of an embedding model."""
+    stages = read_records(folder) if (folder / RECORD_FILE).is_file() else []
+    if not stages or stages[-1].stage == "contrastive":
+        return None
+    return (
+        f"{folder} was last trained in the stage {stages[-1].stage!r}: it is a start for contrastive training, "
+        "and not yet an embedding model."
+    )
 
 
 @contextmanager

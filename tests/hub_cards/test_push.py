@@ -21,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 import hub_cards.push
 from hub_cards.doors import SCRIPT, find_door_problems
 from hub_cards.push import FolderError, PushError, push_model, push_space
+from hub_cards.training_record import read_records, write_records
 from modeling_cocoa.saving import mend_cocoa
 from tests.trainers.conftest import ROOT
 from trainers import CocoaContrastiveConfig, CocoaContrastiveTrainer
@@ -50,7 +51,7 @@ def push(folder, **options) -> str:
     """Push, and give what was printed."""
     console = Console(file=io.StringIO(), width=120)
     push_model(folder, NAME, console=console, **options)
-    return console.file.getvalue()
+    return " ".join(console.file.getvalue().split())  # lines are broken anywhere
 
 
 def run(environment, *command) -> subprocess.CompletedProcess:
@@ -176,7 +177,37 @@ def test_a_dry_run_lists_what_would_be_uploaded(hub, folder, without_doors):
     printed = push(folder, dry_run=True)
     assert "model.safetensors" in printed and "11.1 MB" in printed and f"{count} files" in printed
     assert ".partial" not in printed and "Nothing was uploaded" in printed
+    assert "login was not checked" in printed
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("name", ["my/bad/name", "org/", "org/a--b", "org/na me", "org/x.git"])
+def test_a_name_that_the_hub_refuses_is_refused_before_anything_else(hub, folder, monkeypatch, name, dry_run):
+    monkeypatch.setattr(hub_cards.push, "find_problems", lambda staging: pytest.fail("checked the files first"))
+    with pytest.raises(ValueError, match=f"'{name}' is no name on the Hub; give ORGANIZATION/NAME"):
+        push_model(folder, name, dry_run=dry_run, console=Console(file=io.StringIO()))
+    with pytest.raises(ValueError, match="is no name on the Hub"):
+        push_space(name, dry_run=dry_run, console=Console(file=io.StringIO()))
+    assert hub.requests == []
+
+
+def test_a_login_is_checked_before_the_files(api, hub, folder, monkeypatch, without_doors):
+    assert "Logged in as " in push(folder, dry_run=True)
+    hub.revoke()
+    assert "login was not checked, or a push would fail: The Hub does not accept the token" in push(
+        folder, dry_run=True
+    )
+    monkeypatch.setattr(hub_cards.push, "find_problems", lambda staging: pytest.fail("checked the files first"))
+    with pytest.raises(PushError, match="does not accept the token.*Nothing was uploaded"):
+        push(folder)
+
+
+def test_a_model_that_was_only_pre_trained_is_said_to_be(folder, without_doors):
+    note = "was last trained in the stage 'bridge': it is a start for contrastive training"
+    assert note not in push(folder, dry_run=True)
+    write_records(folder, read_records(folder)[:-1])
+    assert note in push(folder, dry_run=True)
 
 
 def test_a_user_s_own_token_is_found_whatever_its_form(api, hub, folder):
