@@ -78,6 +78,12 @@ class CocoaModelMixin:
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 
     def __init__(self, config: PretrainedConfig) -> None:
+        if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
+            raise ValueError(
+                f"This checkpoint's text layers attend within a sliding window of {config.text_config.sliding_window} "
+                "tokens (use_sliding_window with max_window_layers, or layer_types), which CoCoA models do not "
+                "support: their EOS reads all tokens. Use a checkpoint without sliding windows."
+            )
         # On the text configuration, not on the top-level one, where the flag does nothing.
         config.text_config.is_causal = False
         cocoa = CocoaConfig.from_model_config(config)
@@ -187,8 +193,12 @@ class CocoaModelMixin:
         if image_grid_thw is None and video_grid_thw is None:
             # All text counts up in all three directions; the general way goes row by row in Python.
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
-        if "mm_token_type_ids" in inspect.signature(self.get_rope_index).parameters:
+        known = inspect.signature(self.get_rope_index).parameters
+        if "mm_token_type_ids" in known:
             kwargs["mm_token_type_ids"] = self.media_types(input_ids)
+        if "second_per_grid_ts" in known and video_grid_thw is not None:
+            # Stock's own default, but one a video: stock has as many as a row has tokens, which may be fewer.
+            kwargs.setdefault("second_per_grid_ts", [1] * len(video_grid_thw))
         return self.get_rope_index(
             input_ids,
             image_grid_thw=image_grid_thw,

@@ -11,7 +11,7 @@ from transformers import AutoModel, PretrainedConfig
 from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.configuration_cocoa import CocoaConfig
 from modeling_cocoa.modeling_cocoa import check_transformers_version
-from tests.conftest import CLASSES, EOS_ID, tiny_config
+from tests.conftest import CLASSES, EOS_ID, TEXT, tiny_config
 
 WEIGHTS = ("legacy", "generative", "base")
 
@@ -138,3 +138,24 @@ def test_a_wrong_cocoa_field_is_named(values, message):
     config.cocoa = values
     with pytest.raises(ValueError, match=message):
         CocoaConfig.from_model_config(config)
+
+
+@pytest.mark.parametrize(
+    "windows", [{"max_window_layers": 1}, {"layer_types": ["full_attention", "sliding_attention"]}]
+)
+def test_a_checkpoint_with_sliding_windows_is_refused(tmp_path, model_type, windows):
+    """The packed layers know none: its vectors would be others than stock gives."""
+    config_class, ours, stock, _ = CLASSES[model_type]
+    text = {**TEXT, "use_sliding_window": True, "sliding_window": 4, **windows}
+    config = config_class(text_config=text, vision_config=tiny_config(model_type).vision_config.to_dict())
+    assert "sliding_attention" in config.text_config.layer_types
+    stock(config).save_pretrained(tmp_path)
+    for load in (lambda: ours(config), lambda: load_backbone(tmp_path)):
+        with pytest.raises(ValueError, match="sliding window of 4 tokens.*which CoCoA models do not support"):
+            load()
+
+
+@pytest.mark.parametrize("windows", [{"sliding_window": 4}, {"use_sliding_window": True, "max_window_layers": 2}])
+def test_a_window_that_no_layer_has_is_no_window(model_type, windows):
+    config_class, ours, _, _ = CLASSES[model_type]
+    ours(config_class(text_config={**TEXT, **windows}, vision_config=tiny_config(model_type).vision_config.to_dict()))
