@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import nn
+
 from .checkpoint_files import read_model_type
 from .modeling_cocoa import CocoaModelMixin
 from .modeling_cocoa_qwen2_5_vl import CocoaQwen2_5_VLModel
@@ -30,10 +32,43 @@ def load_backbone(pretrained_model_name_or_path: str | os.PathLike, **kwargs: An
         ValueError: the checkpoint is of another kind of model.
         FileNotFoundError: there is no such folder.
     """
+    model_type = check_backbone(pretrained_model_name_or_path, **kwargs)
+    loaded = BACKBONES[model_type].from_pretrained(pretrained_model_name_or_path, **kwargs)
+    keep_quantized_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+    return loaded
+
+
+def keep_quantized_weights(model: nn.Module) -> None:
+    """
+    Have 4-bit layers keep their weights in the form that they are saved in.
+
+    On a CPU with AVX512-BF16, bitsandbytes packs them anew at the first forward in evaluation mode; some sizes fail
+    then, and the weights that are saved or trained on afterwards are others.
+
+    Args:
+        model (`nn.Module`): With or without such layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_backbone(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> str:
+    """
+    The `model_type` of a checkpoint that [`load_backbone`] loads.
+
+    Args:
+        pretrained_model_name_or_path: Folder or Hub name.
+        kwargs: Of the class's `from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint is of another kind of model.
+        FileNotFoundError: there is no such folder.
+    """
     model_type = read_model_type(pretrained_model_name_or_path, **kwargs)
     if model_type not in BACKBONES:
         raise ValueError(
             f"{pretrained_model_name_or_path} is a checkpoint of model type {model_type!r}; CoCoA takes "
             f"{sorted(BACKBONES)}."
         )
-    return BACKBONES[model_type].from_pretrained(pretrained_model_name_or_path, **kwargs)
+    return model_type

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -152,17 +153,33 @@ class CocoaForReconstruction(nn.Module):
 
     @torch.no_grad()
     def _initialize_heads(self, embeddings: Tensor) -> None:
-        std = self.config.get_text_config().initializer_range
-        self.unit_mask_embedding.normal_(std=std)
-        for module in self.image_decoder.modules():
-            if isinstance(module, nn.Linear):
-                module.weight.normal_(std=std)
-                if module.bias is not None:
-                    module.bias.zero_()
+        self.unit_mask_embedding.normal_(std=self.config.get_text_config().initializer_range)
+        self._initialize_decoder(self.image_decoder)
         if self.bridge_projection is not None:
             # The bridge token starts as the embedding itself, as long as a word's embedding is on average.
             self.bridge_projection.weight.copy_(torch.eye(embeddings.shape[1]) * embeddings.norm(dim=-1).mean())
             self.bridge_projection.bias.zero_()
+
+    @torch.no_grad()
+    def _initialize_decoder(self, decoder: ImageDecoder) -> None:
+        std = self.config.get_text_config().initializer_range
+        for module in decoder.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(std=std)
+                if module.bias is not None:
+                    module.bias.zero_()
+
+    @contextmanager
+    def untrained_decoder(self) -> Iterator[None]:
+        """Within it, images are decoded by new weights, which show what is no work of training."""
+        trained = self.image_decoder
+        decoder = ImageDecoder(self.model)
+        self._initialize_decoder(decoder)
+        self.image_decoder = decoder.to(self.unit_mask_embedding.device).train(self.training)
+        try:
+            yield
+        finally:
+            self.image_decoder = trained
 
     @property
     def config(self) -> Any:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from modeling_cocoa.auto import BACKBONES, load_backbone
+from modeling_cocoa.auto import BACKBONES, keep_quantized_weights, load_backbone
 from modeling_cocoa.files import written_whole
 
 ADAPTER_FILE = "adapter_state.safetensors"
@@ -46,6 +46,7 @@ def prepare_parts(backbone: nn.Module, freeze_parts: Sequence[str], peft_config:
         ValueError: nothing is left to train; or no module that may train has a name that
             `peft_config.target_modules` asks for (said by peft, with the names).
     """
+    keep_quantized_weights(backbone)
     if peft_config is not None:
         check_mergeable(peft_config)
         frozen = [name for name, _ in backbone.named_modules() if name and part_of(name) in freeze_parts]

@@ -7,12 +7,13 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.distributed.fsdp import StateDictType
 from transformers import ProgressCallback, TrainerState, TrainingArguments
@@ -23,6 +24,7 @@ from transformers.integrations.deepspeed import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from evaluation.mmeb_tasks import IMAGE_SIZES
 from hub_cards.push import push_model
@@ -30,12 +32,19 @@ from modeling_cocoa.checkpoint_files import check_is_there
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 
 from .adapters import PARTS
-from .checkpoints import last_checkpoint
+from .checkpoints import has_optimizer, last_checkpoint
 from .measuring import measuring, random_state_kept
 from .pictures import last_picture
 from .progress import LossProgressCallback
 from .record import RunRecord
+from .run_folder import LENGTHS, differences, locked, read_run, write_run
 
+logger = logging.get_logger(__name__)
+
+NO_STEP = (
+    "{rows} does not make a single step, and nothing was trained: give more rows, lower per_device_train_batch_size, "
+    "or leave dataloader_drop_last and num_train_epochs at their defaults."
+)
 MAX_LENGTH = 1280
 """Most tokens of an input where none are asked for and no processor is given."""
 
@@ -198,6 +207,8 @@ class CocoaTrainerMixin:
     """What the run began with."""
     was_resumed: bool = False
     """Whether its time is not that of the whole run."""
+    picture: Path | None = None
+    """The last one that the run drew of what it rebuilds."""
 
     def complete_folder(self, folder: Path, target: str | os.PathLike) -> None:
         """
@@ -207,7 +218,7 @@ class CocoaTrainerMixin:
             folder (`Path`): Where it is made ready.
             target (`str` or `os.PathLike`): Where it goes; may exist.
         """
-        self.record.complete_folder(folder, self, self.backbone, last_picture(Path(self.args.output_dir)))
+        self.record.complete_folder(folder, self, self.backbone, self.picture)
         self.record.write_card(folder, Path(target))
 
     def show_losses(self) -> None:
@@ -220,24 +231,118 @@ class CocoaTrainerMixin:
         """
         Train; see [`~transformers.Trainer.train`].
 
+        The output folder keeps what the run was started with, and is locked while it trains.
+
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint folder, or `True` for the last complete
                 one in `output_dir` (from the beginning where there is none). Where that is the end of the run, its
                 weights are loaded and no step is made.
+
+        Raises:
+            BlockingIOError: another run trains in the folder.
+            ValueError: the folder holds checkpoints and the run is to begin anew; it goes on from, or ends in, a
+                checkpoint of a run with other settings, data or base model (a run that has not ended may be made
+                longer); the checkpoint has no optimizer state; there is nothing to train on.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        self.was_resumed = bool(resume_from_checkpoint)
-        if resume_from_checkpoint:
-            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
-            if is_complete(state, self.args):
-                # transformers would make one more step, wherever the last one was not the end of an epoch.
-                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-                with whole_weights(self.args):
-                    self._load_from_checkpoint(best or resume_from_checkpoint)
-                self.state = state
-                return TrainOutput(state.global_step, 0.0, {})
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        folder = Path(self.args.output_dir)
+        with ExitStack() as held:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_checkpoint(folder)
+            resume_from_checkpoint = resume_from_checkpoint or None
+            self._on_main_process(lambda: self._enter_folder(folder, resume_from_checkpoint, held))
+            self.was_resumed = resume_from_checkpoint is not None
+            begun_at = 0
+            if resume_from_checkpoint is not None:
+                state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+                begun_at = state.global_step
+                self.picture = last_picture(folder, begun_at)
+                if is_complete(state, self.args):
+                    # transformers would make one more step, wherever the last one was not the end of an epoch.
+                    best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                    with whole_weights(self.args):
+                        self._load_from_checkpoint(best or resume_from_checkpoint)
+                    self.state = state
+                    logger.warning(f"{folder} had ended at step {begun_at}; nothing was trained.")
+                    return TrainOutput(state.global_step, 0.0, {})
+            try:
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except KeyboardInterrupt:
+                last = last_checkpoint(folder)
+                goes_on = (
+                    "there is no checkpoint to go on from"
+                    if last is None
+                    else (
+                        f"the last checkpoint is {last}. The same command goes on from it (in Python: "
+                        "trainer.train(resume_from_checkpoint=True))"
+                    )
+                )
+                logger.warning(f"Stopped at step {self.state.global_step}; {goes_on}.")
+                raise
+            if not self.was_resumed and self.state.global_step == begun_at:
+                raise ValueError(NO_STEP.format(rows="The training data"))
+            return result
+
+    def _on_main_process(self, check: Callable[[], None]) -> None:
+        """Run a check in the main process; where it raises, all processes do."""
+        error: list[BaseException | None] = [None]
+        if self.is_world_process_zero():
+            try:
+                check()
+            except (OSError, ValueError) as found:
+                error = [found]
+        broadcast_object_list(error)
+        if error[0] is not None:
+            raise error[0]
+
+    def _enter_folder(self, folder: Path, checkpoint: str | None, held: ExitStack) -> None:
+        """Lock the output folder, see that the run fits what is in it, and write what the run is started with."""
+        held.enter_context(locked(folder))
+        facts = self.record.started_with(self)
+        existing = last_checkpoint(folder)
+        if existing is not None and (checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve()):
+            raise ValueError(
+                f"{folder} holds checkpoints of an earlier run ({Path(existing).name}), from which a later call would "
+                "go on. To go on from them now: trainer.train(resume_from_checkpoint=True). To train anew: choose "
+                f"another output_dir, or delete {folder}."
+            )
+        if checkpoint is None:
+            write_run(folder, facts)
+            return
+        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        ended = is_complete(state, self.args)
+        before = read_run(Path(checkpoint).parent)
+        if before is None:
+            logger.warning(f"{Path(checkpoint).parent} does not say what its run was started with: not compared.")
+        changed = [] if before is None else differences(before, facts, ignore=() if ended else LENGTHS)
+        if changed and ended:
+            raise ValueError(
+                f"{folder} had ended at step {state.global_step} of a run with other settings: {'; '.join(changed)}. "
+                f"Nothing was trained. Choose another output_dir, or delete {folder}."
+            )
+        if changed:
+            raise ValueError(
+                f"{checkpoint} is of a run with other settings: {'; '.join(changed)}. Go on with those of then; or "
+                f"choose another output_dir, or delete {folder}, to train anew."
+            )
+        if not ended and not has_optimizer(checkpoint):
+            raise ValueError(
+                f"{checkpoint} has no state of the optimizer and the learning rate (save_only_model=True), without "
+                "which the run cannot go on. To train its weights further, give it as the model of a run in another "
+                "output_dir."
+            )
+        if not ended:
+            write_run(folder, facts)
+
+    def check_steps(self, loader: Any) -> Any:
+        """
+        The same data loader.
+
+        Raises:
+            ValueError: it has no batch.
+        """
+        if len(loader) == 0:
+            raise ValueError(NO_STEP.format(rows=f"The training data of {len(loader.dataset)} rows"))
+        return loader
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, leaving the run as it is (see [`measuring`]); see [`~transformers.Trainer.evaluate`]."""

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
@@ -23,3 +23,8 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str | None:
         if match and (path / TRAINER_STATE_NAME).is_file():
             steps[int(match[1])] = str(path)
     return steps[max(steps)] if steps else None
+
+
+def has_optimizer(checkpoint: str | os.PathLike) -> bool:
+    """Whether a checkpoint has what a run needs to go on: without `save_only_model`, its schedule is in it."""
+    return Path(checkpoint, SCHEDULER_NAME).is_file() or any(Path(checkpoint).glob("global_step*"))  # of DeepSpeed

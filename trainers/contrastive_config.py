@@ -90,7 +90,10 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
     )
     no_duplicates: bool = field(
         default=False,
-        metadata={"help": "No value twice among the rows of a step: it would be a false negative."},
+        metadata={
+            "help": "No text and no image twice among the rows of a step: it would be a false negative. Images are "
+            "compared pixel by pixel, whatever their files are called; each is read once before the first step."
+        },
     )
     false_negative_margin: float | None = field(
         default=None,

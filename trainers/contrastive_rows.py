@@ -4,17 +4,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from transformers.utils import logging
 
 from modeling_cocoa.inputs import CocoaInputError
 
 from .contrastive_config import CocoaContrastiveConfig
 from .datasets import check_rows
 from .rows import open_images, undecoded
+
+logger = logging.get_logger(__name__)
+
+COLUMNS = ("query", "positive", "negative", "anchor")
+"""First words of columns of pairs, the last as sentence-transformers' examples call the query."""
 
 
 @dataclass
@@ -98,24 +106,92 @@ def readable_rows(
     return dataset if len(good) == len(dataset) else dataset.select(good)
 
 
-def check_columns(name: str, dataset: Dataset | dict[str, Dataset] | None) -> None:
-    """Raise `ValueError` unless the columns are `query`, `positive` and `negative_1` to `negative_n`, in order."""
+def check_columns(name: str, dataset: Any) -> None:
+    """
+    See that a dataset, or each of several, has the columns `query`, `positive` and `negative_1` to `negative_n`, in
+    this order. Columns of other names may be there, and are not used (see [`used_columns`]).
+
+    Raises:
+        ValueError: it has not, has a name that is close to one of these, has no rows, or is no dataset that can be
+            indexed.
+    """
     if dataset is None:
         return
     if isinstance(dataset, dict):
         for key, part in dataset.items():
             check_columns(f"{name}[{key!r}]", part)
         return
-    columns = list(dataset.column_names)
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"{name} is streamed, and contrastive training draws its rows by number: load it without streaming=True "
+            "(or take a part of it: Dataset.from_list(list(dataset.take(100_000))))."
+        )
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"{name} is a {type(dataset).__name__}; give a Dataset of the library `datasets`, or a dict of them."
+        )
+    columns = known_columns(dataset.column_names)
     negatives = [column for column in columns if re.fullmatch(r"negative_\d+", column)]
     expected = ["query", "positive", *(f"negative_{number + 1}" for number in range(len(negatives)))]
     if columns != expected:
         raise ValueError(
             f"{name} needs the columns 'query', 'positive' and then 'negative_1', 'negative_2', ... if it has "
-            f"negatives, in this order; it has {columns}. Use dataset.rename_column(...) and select_columns(...)."
+            f"negatives, in this order; it has {dataset.column_names}. Use dataset.rename_column(...) and "
+            "select_columns(...)."
         )
     if not len(dataset):
         raise ValueError(f"{name} has no rows.")
+
+
+def known_columns(columns: Sequence[str]) -> list[str]:
+    """Those that are read as columns of pairs: by their names, or by ones that are close enough to be meant so."""
+    return [name for name in columns if get_close_matches(name.lower().split("_")[0], COLUMNS, cutoff=0.7)]
+
+
+def used_columns(name: str, dataset: Any) -> Any:
+    """A dataset, or several, without the columns that are not used, which are named in a warning."""
+    if isinstance(dataset, dict):
+        return type(dataset)({key: used_columns(f"{name}[{key!r}]", part) for key, part in dataset.items()})
+    if dataset is None:
+        return None
+    known = known_columns(dataset.column_names)
+    if unused := [column for column in dataset.column_names if column not in known]:
+        logger.warning(
+            f"{name}: columns {unused} are not used; known are 'query', 'positive' and 'negative_1', 'negative_2', ..."
+        )
+    return dataset.select_columns(known)
+
+
+def check_contrastive_data(train: Any, evaluation: Any, args: CocoaContrastiveConfig) -> None:
+    """
+    Raise `ValueError` where settings and rows do not fit: an evaluation set without a row for each process, or
+    `evaluate_retrieval` without one; steps in which a pair has nothing to be told apart from.
+
+    Args:
+        train, evaluation: A dataset, or several by name, or none.
+        args ([`CocoaContrastiveConfig`]).
+    """
+    for name, part in named_parts(evaluation).items():
+        if len(part) < args.world_size:
+            raise ValueError(
+                f"The evaluation dataset {name!r} has {len(part)} rows for {args.world_size} processes; give each one."
+            )
+    if args.evaluate_retrieval and evaluation is None:
+        raise ValueError("evaluate_retrieval needs an eval_dataset.")
+    pairs = args.per_device_train_batch_size * (args.world_size if args.gather_across_devices else 1)
+    for name, part in named_parts(train).items():
+        negatives = len(part.column_names) - 2 if args.num_hard_negatives is None else args.num_hard_negatives
+        if negatives == 0 and (pairs == 1 or len(part) == 1):
+            what = "per_device_train_batch_size is 1" if pairs == 1 else f"The dataset {name!r} has 1 row"
+            raise ValueError(
+                f"{what}, and the pairs have no negatives: a pair alone has a loss and a gradient of 0. Give a larger "
+                "batch and more pairs, or columns negative_1, ..."
+            )
+
+
+def named_parts(dataset: Any) -> dict[str, Dataset]:
+    """Datasets by name; of one alone, by no name."""
+    return dict(dataset) if isinstance(dataset, dict) else {} if dataset is None else {"": dataset}
 
 
 def with_negatives(dataset: Any, wanted: int | None, name: str, at_most: bool = False) -> Any:
@@ -143,16 +219,6 @@ def with_negatives(dataset: Any, wanted: int | None, name: str, at_most: bool = 
     if found < wanted:
         raise ValueError(f"{name} has {found} negatives a row; num_hard_negatives is {wanted}.")
     return dataset.select_columns(dataset.column_names[: 2 + wanted])
-
-
-def check_evaluation(dataset: Any, args: CocoaContrastiveConfig) -> None:
-    """Raise `ValueError` where an evaluation set has no row for each process."""
-    parts = dataset if isinstance(dataset, dict) else {} if dataset is None else {"": dataset}
-    for name, part in parts.items():
-        if len(part) < args.world_size:
-            raise ValueError(
-                f"The evaluation dataset {name!r} has {len(part)} rows for {args.world_size} processes; give each one."
-            )
 
 
 def check_equal_rows(dataset: Any, args: CocoaContrastiveConfig, why: str) -> None:

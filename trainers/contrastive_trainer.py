@@ -27,17 +27,19 @@ from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 from .adapters import below, load_checkpoint, merged, prepare_parts, save_adapter
 from .base import CocoaTrainerMixin, check_devices, check_sizes, whole_weights
+from .content import content_keys
 from .contrastive_config import CocoaContrastiveConfig
 from .contrastive_losses import LearnedTemperatureLoss, contrastive_loss
 from .contrastive_rows import (
     ContrastiveCollator,
     check_columns,
+    check_contrastive_data,
     check_equal_columns,
     check_equal_rows,
-    check_evaluation,
     column_prompts,
     prompts_of,
     readable_rows,
+    used_columns,
     with_negatives,
 )
 from .global_batches import GlobalBatchSampler, TaskBatchSampler
@@ -115,11 +117,13 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         prepare_parts(model[0].model, args.freeze_parts, peft_config)
         check_columns("train_dataset", train_dataset)
         check_columns("eval_dataset", eval_dataset)
+        train_dataset = used_columns("train_dataset", train_dataset)
+        eval_dataset = used_columns("eval_dataset", eval_dataset)
         train_dataset, eval_dataset = (
             with_negatives(dataset, args.num_hard_negatives, name, at_most=name == "eval_dataset")
             for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
         )
-        check_evaluation(eval_dataset, args)
+        check_contrastive_data(train_dataset, eval_dataset, args)
         if args.gather_across_devices:
             check_equal_rows(train_dataset, args, "gather_across_devices")
         args.prompts = column_prompts(args, train_dataset if train_dataset is not None else eval_dataset)
@@ -143,8 +147,6 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
                 raise ValueError(
                     "evaluate_retrieval makes an evaluator, and another one was given; choose one of them."
                 )
-            if eval_dataset is None:
-                raise ValueError("evaluate_retrieval needs an eval_dataset.")
             evaluator = retrieval_evaluator(
                 eval_dataset,
                 args.prompts,
@@ -182,14 +184,23 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         """The CoCoA backbone."""
         return self.model[0].model
 
+    @property
+    def processor(self) -> CocoaProcessor:
+        """What makes inputs of rows."""
+        return self.model[0].processor
+
     def get_batch_sampler(
         self, dataset: Dataset, batch_size: int, drop_last: bool, *args: Any, **options: Any
     ) -> GlobalBatchSampler:
         """The rows of one dataset, in steps of all processes; see [`GlobalBatchSampler`]."""
+        rows = content_keys(dataset) if self.args.no_duplicates else dataset
         options["generator"] = torch.Generator()  # its own, whatever else is drawn between two of its batches
         drop_last = drop_last and not self._evaluates
-        sampler = super().get_batch_sampler(dataset, batch_size * self.args.world_size, drop_last, *args, **options)
-        return GlobalBatchSampler(sampler, len(dataset), self.args.world_size)
+        # A pair that is alone in a step, and has no negatives, has nothing to be told apart from.
+        alone = not self._evaluates and set(dataset.column_names) <= {"query", "positive", "dataset_name"}
+        gathered = self.args.gather_across_devices and self.args.world_size > 1
+        sampler = super().get_batch_sampler(rows, batch_size * self.args.world_size, drop_last, *args, **options)
+        return GlobalBatchSampler(sampler, len(dataset), self.args.world_size, 2 if alone and not gathered else 1)
 
     def get_multi_dataset_batch_sampler(
         self,
@@ -212,7 +223,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         shard = loader.batch_sampler
         if hasattr(inner := getattr(shard, "batch_sampler", None), "set_epoch"):
             shard.set_epoch = inner.set_epoch
-        return loader
+        return self.check_steps(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The batches, which accelerate leaves on the CPU; the last one of a set too, whatever its size."""

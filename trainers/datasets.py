@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.utils import logging
 
 from modeling_cocoa.inputs import CocoaInputError, input_parts
 
-from .rows import PAIR_COLUMNS, choose_columns, has_image, undecoded
+from .rows import PAIR_COLUMNS, ROW_COLUMNS, choose_columns, has_image, undecoded
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +34,14 @@ def check_weights(parts: Mapping[str, Any], weights: Mapping[str, float] | None)
             f"dataset_weights must give a weight above 0 for each of {list(parts)}, and nothing else; "
             f"got {dict(weights)}."
         )
+
+
+def warn_of_unused(columns: SequenceOf[str], chosen: SequenceOf[str], what: str) -> None:
+    """Name columns that rows are not read from; negatives of pairs, which contrastive training reads, apart."""
+    is_pair = list(chosen) == list(PAIR_COLUMNS)
+    unused = [name for name in columns if name not in chosen and not (is_pair and re.fullmatch(r"negative_\d+", name))]
+    if unused:
+        logger.warning(f"{what}: columns {unused} are not used; known are {[*PAIR_COLUMNS, *ROW_COLUMNS]}.")
 
 
 class ReconstructionDataset(torch.utils.data.Dataset):
@@ -69,7 +78,9 @@ class ReconstructionDataset(torch.utils.data.Dataset):
         self.parts: dict[str, Dataset] = {}
         for name, part in datasets.items():
             what = f"The dataset {name!r}" if name else "The dataset"
-            part = part.select_columns(choose_columns(part.column_names, what))
+            columns = choose_columns(part.column_names, what)
+            warn_of_unused(part.column_names, columns, what)
+            part = part.select_columns(columns)
             if not len(part):
                 raise ValueError(f"{what} has no rows.")
             self.parts[name] = part.cast(undecoded(part.features))

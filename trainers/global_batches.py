@@ -32,17 +32,19 @@ class GlobalBatchSampler(Sampler[list[int]]):
             own.
         rows (`int`): Of that dataset.
         processes (`int`): That share a step, in turn.
+        smallest (`int`, defaults to 1): Rows of each part at least; a shorter batch is left out.
 
     Raises:
         ValueError: the rows do not suffice for a step.
     """
 
-    def __init__(self, sampler: DefaultBatchSampler, rows: int, processes: int) -> None:
+    def __init__(self, sampler: DefaultBatchSampler, rows: int, processes: int, smallest: int = 1) -> None:
         self.sampler = sampler
         self.rows = rows
         self.processes = processes
+        self.smallest = smallest * processes
         if type(sampler) is DefaultBatchSampler:
-            last = rows % sampler.batch_size >= processes and not sampler.drop_last
+            last = rows % sampler.batch_size >= self.smallest and not sampler.drop_last
             self.steps = rows // sampler.batch_size + last
         else:  # how many there are is seen in a pass only
             sizes = [len(batch) for batch in self.batches()]
@@ -92,10 +94,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
             self.sampler.set_epoch(epoch)
 
     def batches(self) -> Iterator[list[int]]:
-        """The batches of a pass that have a row for each process."""
+        """The batches of a pass that have rows enough for each process."""
         if self.sampler.generator is not None:
             self.sampler.generator.manual_seed(self.sampler.seed + self.sampler.epoch)
-        return (batch for batch in self.sampler if len(batch) >= self.processes)
+        return (batch for batch in self.sampler if len(batch) >= self.smallest)
 
 
 class TaskBatchSampler(Sampler[list[int]]):

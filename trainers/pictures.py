@@ -19,19 +19,28 @@ from modeling_cocoa.reconstruction import ReconstructionOutput
 from .collators import rows_of_units
 from .masking import IGNORE_INDEX
 
-COLUMNS = ("original", "what was masked", "rebuilt")
+COLUMNS = ("original", "what was masked", "rebuilt", "untrained decoder")
+"""The last one where it is known what an untrained decoder makes of the same states."""
 SIDE = 128
 """Pixels to which the longer side of a picture is scaled."""
 LINE = 18
 """Pixels of a line of writing."""
 GREY = 0.5
 """Of masked patches, on a scale from 0 to 1."""
+CONTRAST = 0.2
+"""On the same scale, what one standard deviation of a patch is drawn as where the model predicts only its pattern."""
+FOOTNOTE = "Only the pattern of each patch is predicted: drawn around grey, at one contrast."
 FOLDER = "reconstructions"
 """In a run's output folder: what was rebuilt at each evaluation."""
 
 
 def draw_pictures(
-    batch: Mapping[str, Any], output: ReconstructionOutput, processor: CocoaProcessor, *, normalized: bool
+    batch: Mapping[str, Any],
+    output: ReconstructionOutput,
+    processor: CocoaProcessor,
+    *,
+    normalized: bool,
+    untrained: Tensor | None = None,
 ) -> Image.Image | None:
     """
     A grid of the pictures of a batch that were masked: original, what was masked, rebuilt. `None` where there is none.
@@ -40,21 +49,30 @@ def draw_pictures(
         batch (`Mapping`): From [`ReconstructionCollator`].
         output ([`ReconstructionOutput`]): Of the model for this batch.
         processor ([`CocoaProcessor`]): Says how pixels were normalised.
-        normalized (`bool`): The model predicts patches at zero mean and unit variance, which tells nothing of their
-            colour: the original's mean and variance are put back, as masked auto-encoding does (arXiv 2111.06377).
+        normalized (`bool`): The model predicts patches at zero mean and unit variance; see [`split_rows`].
+        untrained (`Tensor`, *optional*): Like `output.pixels`, what an untrained decoder makes of the same states; for
+            a fourth column.
     """
     if output.pixels is None:
         return None
     rows = dict.fromkeys(rows_of_units(batch).tolist())
+    versions = list(split_rows(batch, output, processor, normalized))
+    columns = COLUMNS[:3]
+    if untrained is not None:
+        columns = COLUMNS
+        drawn = split_rows(batch, ReconstructionOutput(pixels=untrained), processor, normalized)
+        versions = [(*own, other[2]) for own, other in zip(versions, drawn, strict=True)]
     lines = [
         (f"{batch['directions'][row]}, row {batch['rows'][row]}", pictures)
-        for row, pictures in zip(rows, split_rows(batch, output, processor, normalized), strict=True)
+        for row, pictures in zip(rows, versions, strict=True)
     ]
     tall = [max(picture.height for picture in pictures) + LINE for _, pictures in lines]
     wide = max(picture.width for _, pictures in lines for picture in pictures) + 8
-    grid = Image.new("RGB", (max(len(COLUMNS) * wide, 3 * SIDE), sum(tall) + LINE), "white")
+    footnotes = [FOOTNOTE] if normalized else []
+    width = max(len(columns) * wide, len(columns) * SIDE)
+    grid = Image.new("RGB", (width, sum(tall) + LINE * (1 + len(footnotes))), "white")
     draw = ImageDraw.Draw(grid)
-    for column, title in enumerate(COLUMNS):
+    for column, title in enumerate(columns):
         draw.text((column * wide + 2, 3), title, fill="black")
     top = LINE
     for (title, pictures), height in zip(lines, tall, strict=True):
@@ -62,26 +80,31 @@ def draw_pictures(
         for column, picture in enumerate(pictures):
             grid.paste(picture, (column * wide + 2, top + LINE))
         top += height
+    for footnote in footnotes:
+        draw.text((2, top + 3), footnote, fill="#666666")
     return grid
 
 
 def split_rows(
     batch: Mapping[str, Any], output: ReconstructionOutput, processor: CocoaProcessor, normalized: bool
 ) -> Iterator[tuple[Image.Image, ...]]:
-    """Of each row with a masked picture, its first one: original, masked, rebuilt."""
+    """
+    Of each row with a masked picture, its first one: original, masked, rebuilt.
+
+    What is rebuilt is what the model knows, and nothing of the original: where it predicts patches at zero mean and
+    unit variance (`normalized`), each is drawn around mid-grey at one contrast.
+    """
     settings = processor.image_processor
     units, grids = batch["unit_mask"], batch["image_grid_thw"]
     originals = batch["pixel_labels"].float().view(len(units), -1, batch["pixel_labels"].shape[1])
-    rebuilt = originals.clone()
-    pixels = output.pixels.float()
-    if normalized:
-        hidden = originals[units]
-        deviation = (hidden.var(dim=-1, keepdim=True, correction=0) + 1e-6).sqrt()
-        pixels = pixels * deviation + hidden.mean(dim=-1, keepdim=True)
-    rebuilt[units] = pixels
-    channels = len(settings.image_mean)
     mean, std = (torch.tensor(part, device=originals.device) for part in (settings.image_mean, settings.image_std))
-    grey = ((GREY - mean) / std).repeat_interleave(originals.shape[-1] // channels)
+    values = originals.shape[-1] // len(mean)
+    grey = ((GREY - mean) / std).repeat_interleave(values)
+    pixels = output.pixels.to(originals)
+    if normalized:
+        pixels = grey + pixels * (CONTRAST / std).repeat_interleave(values)
+    rebuilt = originals.clone()
+    rebuilt[units] = pixels
     masked = torch.where(units[:, None, None], grey, originals)
     sizes = (grids.prod(-1) // settings.merge_size**2).tolist()
     parts = zip(*(values.split(sizes) for values in (originals, masked, rebuilt)), units.split(sizes), strict=True)
@@ -151,8 +174,10 @@ def write_texts(batch: Mapping[str, Any], output: ReconstructionOutput, processo
     return "\n".join(lines) + "\n" if lines else ""
 
 
-def save_reconstructions(output_dir: Path, step: int, grid: Image.Image | None, texts: str) -> None:
-    """Write `step-N.png` and `step-N.txt` into a run's folder of them, each whole or not at all."""
+def save_reconstructions(output_dir: Path, step: int, grid: Image.Image | None, texts: str) -> Path | None:
+    """
+    Write `step-N.png` and `step-N.txt` into a run's folder of them, each whole or not at all; the path of the picture.
+    """
     folder = output_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     if grid is not None:
@@ -161,9 +186,10 @@ def save_reconstructions(output_dir: Path, step: int, grid: Image.Image | None, 
     if texts:
         with written_whole(folder / f"step-{step}.txt") as path:
             path.write_text(texts, encoding="utf-8")
+    return None if grid is None else folder / f"step-{step}.png"
 
 
-def last_picture(output_dir: Path) -> Path | None:
-    """The picture of the last step that a run drew; none where it drew none."""
-    pictures = (output_dir / FOLDER).glob("step-*.png")
-    return max(pictures, key=lambda path: int(path.stem.removeprefix("step-")), default=None)
+def last_picture(output_dir: Path, step: int) -> Path | None:
+    """The last picture that a run drew up to a step; none where it drew none."""
+    steps = {int(path.stem.removeprefix("step-")): path for path in (output_dir / FOLDER).glob("step-*.png")}
+    return max(((number, path) for number, path in steps.items() if number <= step), default=(0, None))[1]

@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import re
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from functools import cache, partial
 from typing import Any
 
@@ -49,14 +50,7 @@ def reconstruction_data(
     """
     made = {}
     section = "reconstruction" if "reconstruction" in data else "contrastive"
-    for name, columns, variants in made_entries(data, section, find_file, seed, evaluation):
-        known = (*PAIR_COLUMNS, *ROW_COLUMNS)
-        unknown = [column for column in columns if column not in known and not re.fullmatch(PAIR_COLUMN, column)]
-        if section == "reconstruction" and unknown:
-            raise ValueError(
-                f"data: reconstruction {name} has unknown columns {unknown}; there are {list(known)}, and "
-                f"{list(ENTRY_OPTIONS)}."
-            )
+    for name, variants in made_entries(data, section, find_file, seed, evaluation):
         add_once(made, name, variants[0] if len(variants) == 1 else concatenate_datasets(variants))
     return made
 
@@ -70,7 +64,7 @@ def contrastive_data(
     Args and errors are those of [`reconstruction_data`]; a stream is an error.
     """
     made = {}
-    for name, _, variants in made_entries(data, "contrastive", find_file, seed, evaluation):
+    for name, variants in made_entries(data, "contrastive", find_file, seed, evaluation):
         for number, variant in enumerate(variants):
             if isinstance(variant, IterableDataset):
                 raise ValueError(f"data: contrastive {name} is streamed; the contrastive stage needs all its rows.")
@@ -87,15 +81,17 @@ def add_once(made: dict[str, Any], name: str, dataset: Any) -> None:
 
 def made_entries(
     data: Mapping[str, Any], section: str, find_file: FindFile, seed: int, evaluation: bool
-) -> Iterator[tuple[str, dict[str, str], list[Dataset | IterableDataset]]]:
+) -> Iterator[tuple[str, list[Dataset | IterableDataset]]]:
     """
-    Of each entry of a section that has rows, or of each subset that its source lists: a name, the columns, and the
-    dataset of each variant.
+    Of each entry of a section that has rows, or of each subset that its source lists: a name, and the dataset of each
+    variant.
     """
     read = cache(lambda name, subset: read_source(data["sources"][name], find_file, evaluation, subset=subset))
     if not isinstance(data.get(section), Mapping) or not data[section]:
         raise ValueError(f"data: {section} must give its entries by name; got {data.get(section)!r}.")
     for number, (name, entry) in enumerate(data[section].items()):
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"data: {section} {name} must have names with values; got {entry!r}.")
         source_name = name_source(data, entry, f"{section} {name}")
         variants = entry.get("variants", 1)
         if not isinstance(variants, int) or variants < 1:
@@ -112,13 +108,39 @@ def made_entries(
             if isinstance(source, IterableDataset) and variants > 1:
                 raise ValueError(f"data: {name} is streamed, pass after pass, and has no variants.")
             columns = {column: value for column, value in entry.items() if column not in ENTRY_OPTIONS}
+            check_entry(section, name, columns)
             if not columns:  # negatives too, which stages 1 and 2 do not read
                 columns = {column: column for column in source.column_names if re.fullmatch(PAIR_COLUMN, column)}
-            made = [
-                make_variant(source, columns, (seed, number, variant), augment=bool(entry.get("augment") and variant))
-                for variant in range(1 if evaluation else variants)
-            ]
-            yield name if subset is None else f"{name}_{subset}", columns, made
+            try:
+                made = [
+                    make_variant(
+                        source, columns, (seed, number, variant), augment=bool(entry.get("augment") and variant)
+                    )
+                    for variant in range(1 if evaluation else variants)
+                ]
+            except ValueError as error:
+                raise ValueError(f"data: {section} {name}: {error}") from error
+            yield name if subset is None else f"{name}_{subset}", made
+
+
+def check_entry(section: str, name: str, columns: Mapping[str, Any]) -> None:
+    """Raise `ValueError` where an entry of a recipe has columns that its section does not know, or no text for one."""
+    known = [*PAIR_COLUMNS, "negative_1", *(ROW_COLUMNS if section == "reconstruction" else ()), *ENTRY_OPTIONS]
+    for column, value in columns.items():
+        if column not in known and not re.fullmatch(PAIR_COLUMN, column):
+            raise ValueError(
+                f"data: {section} {name} has unknown columns {[column]}{nearest(column, known)}; there are {known}."
+            )
+        if not isinstance(value, str):
+            raise ValueError(
+                f"data: {section} {name}: {column} must be a column of the source or a text; got {value!r}."
+            )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` (did you mean ...?)` with the known name that is closest; empty where none is close."""
+    found = get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def make_variant(
@@ -144,10 +166,14 @@ def name_source(data: Mapping[str, Any], entry: Mapping[str, Any], what: str) ->
     Raises:
         ValueError: it names none of several, or one that does not exist; lists those that do.
     """
+    if not isinstance(data["sources"], Mapping) or not all(
+        isinstance(part, Mapping) for part in data["sources"].values()
+    ):
+        raise ValueError(f"data: sources must give the options of each by its name; got {data['sources']!r}.")
     names = list(data["sources"])
     name = entry.get("source", names[0] if len(names) == 1 else None)
     if name not in names:
-        raise ValueError(f"data: {what} names the source {name!r}; the sources are {names}.")
+        raise ValueError(f"data: {what} names the source {name!r}{nearest(name, names)}; the sources are {names}.")
     return name
 
 
@@ -195,6 +221,8 @@ def read_source(
         raise ValueError(f"data: the layout of a source is one of {list(LAYOUTS)}, or left out; got {layout!r}.")
     if image_dir is None:
         raise ValueError("data: a source in MMEB-train's layout needs image_dir, the folder of its images.")
+    if not os.path.isdir(image_dir):
+        raise FileNotFoundError(f"data: image_dir: there is no folder {image_dir}.")
     return LAYOUTS[layout](rows, image_dir) if as_pairs else rows
 
 
@@ -227,7 +255,7 @@ def require_columns(source: Dataset | IterableDataset, names: list[str]) -> None
     """Raise `ValueError` where a column does not exist, listing those that do."""
     known = source.column_names
     if known is not None and (missing := [name for name in names if name not in known]):
-        raise ValueError(f"The data has no column {missing}; it has {known}.")
+        raise ValueError(f"The data has no column {missing}{nearest(missing[0], known)}; it has {known}.")
 
 
 class Words(list):

@@ -126,6 +126,11 @@ class CocoaReconstructionConfig(SharedOptions, TrainingArguments):
                     setattr(self, name, json.loads(value))
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{name} must be a JSON object of names and weights; got {value!r}.") from error
+            if (weights := getattr(self, name)) is not None:
+                try:  # YAML 1.1 reads 5e-1 as text
+                    setattr(self, name, {key: float(weight) for key, weight in dict(weights).items()})
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{name} must give a number for each name; got {weights!r}.") from error
         if self.per_device_train_batch_tokens is not None and self.per_device_train_batch_tokens < 1:
             raise ValueError(
                 f"per_device_train_batch_tokens must be 1 or more; got {self.per_device_train_batch_tokens}."

@@ -45,7 +45,7 @@ from .pictures import draw_pictures, save_reconstructions, write_texts
 from .progress import RowMeans, RunningMeans
 from .reconstruction_config import CocoaReconstructionConfig
 from .record import RunRecord
-from .streaming import ReconstructionStream, mix_streams
+from .streaming import ReconstructionStream, mix_streams, used_columns
 
 EOS_ROWS = 16
 """Rows of a batch by which `eos_information` is measured in training."""
@@ -119,6 +119,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         self._row_tokens: dict[str, np.ndarray] | None = None
         self._means = RunningMeans()
         self._row_means = RowMeans()
+        self._untrained_pixels: torch.Tensor | None = None  # of the rows that are drawn, always the same
         collator = ReconstructionCollator(
             processing_class,
             stage=args.stage,
@@ -135,6 +136,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             isinstance(part, IterableDataset) for part in train_dataset.values()
         ):
             train_dataset = mix_streams(train_dataset, args.dataset_weights, args.seed)
+        elif isinstance(train_dataset, IterableDataset):
+            used_columns(train_dataset, "The streamed dataset")
         rows: dict[str, Any] = {
             "training": self._read_rows(train_dataset, "training", collator, args, args.dataset_weights),
             "evaluation": self._read_rows(eval_dataset, "evaluation", collator, args),
@@ -203,6 +206,11 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         """The CoCoA backbone."""
         return self.model.model
 
+    @property
+    def processor(self) -> CocoaProcessor:
+        """What makes inputs of rows."""
+        return self.processing_class
+
     def _get_train_sampler(self, train_dataset: torch.utils.data.Dataset | None = None) -> EpochSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         return EpochSampler(len(dataset), self.args.seed, epoch=lambda: int(self.state.epoch or 0))
@@ -227,7 +235,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             )
         batch_tokens = self.args.per_device_train_batch_tokens
         if batch_tokens is None or self.train_dataset is None:
-            return super().get_train_dataloader()
+            return self.check_steps(super().get_train_dataloader())
         rows, collator = self.train_dataset, self.data_collator
         if self._row_tokens is None:
             self._row_tokens = {
@@ -388,10 +396,21 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         batch = self._prepare_inputs(self.data_collator.collate(examples))
         with measuring(self.model_wrapped), self.compute_loss_context_manager():
             output = self.model_wrapped(**model_arguments(batch))
+            if output.pixels is not None and self._untrained_pixels is None:
+                torch.manual_seed(self.args.seed)
+                with self.model.untrained_decoder():
+                    self._untrained_pixels = self.model_wrapped(**model_arguments(batch)).pixels.cpu()
         if self.is_world_process_zero():
-            grid = draw_pictures(batch, output, self.processing_class, normalized=self.args.normalize_pixels)
+            grid = draw_pictures(
+                batch,
+                output,
+                self.processing_class,
+                normalized=self.args.normalize_pixels,
+                untrained=self._untrained_pixels,
+            )
             texts = write_texts(batch, output, self.processing_class)
-            save_reconstructions(Path(self.args.output_dir), self.state.global_step, grid, texts)
+            path = save_reconstructions(Path(self.args.output_dir), self.state.global_step, grid, texts)
+            self.picture = path or self.picture
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the losses by name to a training log."""

@@ -15,13 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import CodeCarbonCallback
 
 from hub_cards.card_data import FIELDS_FILE, PICTURE, CocoaModelCardData, is_somebodys, write_card
 from hub_cards.training_record import StageRecord, read_records, write_records
+
+from .run_folder import (
+    ADAPTERS,
+    BASE_MODEL,
+    DATA,
+    MODEL,
+    PROCESSOR,
+    SETTINGS,
+    as_json,
+    fingerprint_data,
+    fingerprint_weights,
+    run_settings,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +71,8 @@ UNRELATED = (
 )
 """Beginnings of the names of settings that do not change what is trained, or are recorded elsewhere."""
 ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
+UNRELATED_TO_ADAPTERS = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
+"""Of an adapter's configuration, what does not change what is trained."""
 
 
 class RunRecord:
@@ -68,6 +83,9 @@ class RunRecord:
         backbone (`PreTrainedModel`): As it was loaded; its configuration says from where.
         train_dataset: As the trainer was given it.
         card_data ([`CocoaModelCardData`], *optional*): What the run does not know.
+
+    Attributes:
+        recipe_model (`Mapping`, *optional*): What a recipe says of its model, where the run is of one.
     """
 
     def __init__(
@@ -75,6 +93,9 @@ class RunRecord:
     ) -> None:
         self.card_data = card_data if card_data is not None else CocoaModelCardData()
         self.datasets = describe_datasets(train_dataset)
+        self.recipe_model: Mapping[str, Any] | None = None
+        self._train_dataset = train_dataset
+        self._base_fingerprint = fingerprint_weights(backbone)
         source = backbone.config.name_or_path
         folder = Path(source) if source and os.path.isdir(source) else None
         self.earlier = [] if folder is None else read_records(folder)
@@ -82,6 +103,38 @@ class RunRecord:
         self._picture = picture.read_bytes() if picture is not None and picture.is_file() else None
         self._base_model = source if source and folder is None else None
         self._base_revision = getattr(backbone.config, "_commit_hash", None) if self._base_model else None
+
+    def started_with(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
+        """
+        What decides what the run trains: settings, data, base model, adapters.
+
+        Args:
+            trainer ([`~transformers.Trainer`]): That runs.
+        """
+        args, processor = trainer.args, trainer.processor
+        parts = self._train_dataset
+        parts = parts.values() if isinstance(parts, Mapping) else [parts]
+        settings = run_settings(args, streamed=any(isinstance(part, IterableDataset) for part in parts))
+        size = processor.image_processor.size
+        peft_configs = getattr(trainer.backbone, "peft_config", {})
+        facts = {
+            SETTINGS: {**settings, "processes": args.world_size},
+            PROCESSOR: {
+                "max_length": processor.max_length,
+                "min_pixels": size["shortest_edge"],
+                "max_pixels": size["longest_edge"],
+                "prompt": processor.prompt,
+            },
+            DATA: fingerprint_data(self._train_dataset),
+            BASE_MODEL: {"weights": self._base_fingerprint},
+            ADAPTERS: {},
+        }
+        for config in peft_configs.values():
+            values = {name: value for name, value in config.to_dict().items() if name not in UNRELATED_TO_ADAPTERS}
+            facts[ADAPTERS] = as_json(values)
+        if self.recipe_model is not None:
+            facts[MODEL] = as_json(self.recipe_model)
+        return facts
 
     def complete_folder(self, folder: Path, trainer: Trainer, backbone: nn.Module, picture: Path | None) -> None:
         """
@@ -91,10 +144,15 @@ class RunRecord:
             folder (`Path`): With all that [`save_cocoa`] writes.
             trainer ([`~transformers.Trainer`]): As far as it has come.
             backbone (`nn.Module`): That trains.
-            picture (`Path`, *optional*): What was rebuilt last; by default that of the stage before.
+            picture (`Path`, *optional*): What this run rebuilt last; without it, contrastive training keeps that of
+                the stage before.
         """
         write_records(folder, [*self.earlier, self.of_stage(trainer, backbone)])
-        content = picture.read_bytes() if picture is not None else self._picture
+        if picture is not None:
+            content: bytes | None = picture.read_bytes()
+        else:
+            # Pre-training begins with heads of its own, which that of the stage before does not show.
+            content = None if hasattr(trainer.args, "stage") else self._picture
         if content is not None:
             (folder / PICTURE).write_bytes(content)
 

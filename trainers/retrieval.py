@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SequentialEvaluator
 
+from .content import content_key
 from .contrastive_rows import prompts_of
 from .rows import open_images, undecoded
 
@@ -49,7 +47,7 @@ def retrieval_evaluator(
         corpus: dict[str, Any] = {}
         relevant: dict[str, set[str]] = {}
         for query, positive in zip(dataset["query"], dataset["positive"], strict=True):
-            query_id, positive_id = digest(query), digest(positive)
+            query_id, positive_id = content_key(query), content_key(positive)
             for found, key, cell in ((queries, query_id, query), (corpus, positive_id, positive)):
                 if key not in found:
                     found[key] = open_images(cell, image_size)
@@ -71,22 +69,3 @@ def retrieval_evaluator(
             )
         )
     return SequentialEvaluator(evaluators, main_score_function=fmean)
-
-
-def digest(cell: Any) -> str:
-    """A name for what a cell holds: the same for the same text, and for the same bytes or file of an image."""
-    return hashlib.sha256(repr(dated(cell)).encode()).hexdigest()
-
-
-def dated(cell: Any) -> Any:
-    """A cell in which images that are files have the size and time of their file beside them."""
-    if isinstance(cell, list):
-        return [dated(part) for part in cell]
-    if not isinstance(cell, Mapping):
-        return cell
-    if set(cell) == {"bytes", "path"} and cell["bytes"] is not None:
-        return cell["bytes"]
-    if set(cell) == {"bytes", "path"} and os.path.isfile(cell["path"]):
-        status = os.stat(cell["path"])
-        return cell["path"], status.st_size, status.st_mtime_ns
-    return {name: dated(part) for name, part in cell.items()}

@@ -15,7 +15,7 @@ from datasets.distributed import split_dataset_by_node
 from modeling_cocoa.inputs import CocoaInputError, input_messages
 
 from .collators import Example, ReconstructionCollator
-from .datasets import check_weights
+from .datasets import check_weights, warn_of_unused
 from .rows import PAIR_COLUMNS, NoTargetTextError, choose_columns, undecoded
 
 MESSAGES = [
@@ -46,10 +46,7 @@ def mix_streams(
     streams = []
     for name, part in parts.items():
         stream = part.to_iterable_dataset() if isinstance(part, Dataset) else part
-        known = stream.column_names
-        if known is None:  # of a stream, whose rows alone tell
-            known = list(next(iter(stream.take(1)), {}))
-        columns = choose_columns(known, f"The dataset {name!r}")
+        columns = used_columns(stream, f"The dataset {name!r}")
         stream = with_image_columns(stream.select_columns(columns))
         if columns == list(PAIR_COLUMNS) and len(parts) > 1:
             if stream.features is not None:
@@ -63,6 +60,21 @@ def mix_streams(
         total = sum(weights.values())
         shares = [weights[name] / total for name in parts]
     return interleave_datasets(streams, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+
+
+def used_columns(stream: IterableDataset, what: str) -> list[str]:
+    """
+    The columns of a stream that rows are read from; others are named in a warning.
+
+    Raises:
+        ValueError: there are none, or no row.
+    """
+    known = stream.column_names
+    if known is None:  # of a stream, whose rows alone tell
+        known = list(next(iter(stream.take(1)), {}))
+    columns = choose_columns(known, what)
+    warn_of_unused(known, columns, what)
+    return columns
 
 
 def as_conversations(row: Mapping[str, Any]) -> dict[str, Any]:

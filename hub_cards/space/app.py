@@ -306,8 +306,8 @@ def about_rebuilding(
         about += ". With an image and words in the box, the words are rebuilt from themselves and from the image."
     if rebuilder.model.normalize_pixels and rebuilder.rebuilds_images:
         about += (
-            " This model was trained to rebuild the pattern of each patch, not its colour: brightness and contrast of "
-            "every patch below are the original's."
+            " This model was trained to rebuild the pattern of each patch, not its brightness: each is drawn around "
+            "grey, at one contrast."
         )
     return title + about
 

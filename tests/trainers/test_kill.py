@@ -87,14 +87,14 @@ def kill_while_training(process: subprocess.Popen, folder: Path, seconds: float)
 
 def kill_while_saving(process: subprocess.Popen, folder: Path, seconds: float) -> bool:
     """Kill the run so long after it began to write a checkpoint; whether that checkpoint was cut off."""
-    known = set(folder.iterdir()) if folder.is_dir() else set()
+    known = set(folder.glob("*checkpoint*"))
     while process.poll() is None:
-        new = [path for path in folder.iterdir() if path not in known] if folder.is_dir() else []
+        new = set(folder.glob("*checkpoint*")) - known
         if new:
             time.sleep(seconds)
             process.kill()
             process.wait()
-            new = [path for path in folder.iterdir() if path not in known]
+            new = set(folder.glob("*checkpoint*")) - known
             return not all((path / TRAINER_STATE_NAME).is_file() for path in new)
         time.sleep(0.0005)
     return False

@@ -33,8 +33,9 @@ def trained(tmp_path, emoji):
     tiny = ROOT / "checkpoints" / "cocoa-tiny"
     start = str(shutil.copytree(tiny, tmp_path / "start", ignore=shutil.ignore_patterns("training.json")))
     args = CocoaReconstructionConfig(
-        str(tmp_path / "bridge"), stage="bridge", per_device_train_batch_size=4, learning_rate=3e-4, **COMMON
-    )
+        str(tmp_path / "bridge"), stage="bridge", per_device_train_batch_size=4, learning_rate=3e-4,
+        direction_weights={"text_to_image": 1}, **COMMON,
+    )  # fmt: skip
     data = emoji.select_columns(["image", "text"])
     bridge = CocoaReconstructionTrainer(start, args, train_dataset={"noto": data}, eval_dataset=data.select(range(4)))
     bridge.train()
@@ -60,7 +61,9 @@ def trained(tmp_path, emoji):
 def test_a_card_tells_all_stages_as_they_ran(trained, emoji):
     bridge, contrastive = read_records(trained)
     assert (bridge.stage, bridge.steps, bridge.processes, bridge.device) == ("bridge", 2, 1, "CPU")
-    assert bridge.settings == {"learning_rate": 3e-4, "max_steps": 2, "per_device_train_batch_size": 4}
+    changed = {"learning_rate": 3e-4, "max_steps": 2, "per_device_train_batch_size": 4}
+    changed["direction_weights"] = {"text_to_image": 1.0}
+    assert bridge.settings == {**changed, "eos_sees_target": True}
     assert bridge.adapters == {}
     assert bridge.datasets == [{"name": "noto", "rows": len(emoji)}] and bridge.seconds > 0
     assert {"loss", "loss_image"} <= set(bridge.losses) and {"loss", "loss_image"} <= set(bridge.evaluation)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the cells of pairs hold, whatever form they have: the same text, the same pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from modeling_cocoa.inputs import CocoaInputError, input_parts, load_image
+
+from .rows import undecoded
+
+ROWS_OF_A_PROCESS = 1000
+"""Rows for which it pays to start another process."""
+MOST_PROCESSES = 8
+
+
+def content_key(cell: Any) -> str:
+    """
+    A name for what an input holds: the same for the same texts and images in the same order, whether an image comes as
+    a path, bytes, a dict or a PIL image, and under which file name.
+
+    An input that cannot be read has a name of its own form; what trains on it says what is wrong.
+
+    Args:
+        cell: As in [`CocoaProcessor.encode`], with images of `{"bytes", "path"}` as well.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for part in input_parts(cell):
+            if part["type"] == "image":
+                image = load_image(part["image"]).convert("RGB")
+                digest.update(f"image {image.size}:".encode() + image.tobytes())
+            else:
+                kind = part["type"]
+                digest.update(f"{kind}:{part[kind]}\0".encode(errors="replace"))
+    except CocoaInputError:
+        digest.update(f"unread:{cell!r}".encode(errors="replace"))
+    return digest.hexdigest()
+
+
+def content_keys(dataset: Dataset) -> Dataset:
+    """
+    The [`content_key`] of every cell, by row, in a column for each.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): Of pairs. Every image is read once.
+    """
+    dataset = dataset.cast(undecoded(dataset.features))
+    processes = min(MOST_PROCESSES, (os.cpu_count() or 1) - 1, len(dataset) // ROWS_OF_A_PROCESS)
+    return dataset.map(
+        row_keys,
+        remove_columns=dataset.column_names,
+        num_proc=processes if processes > 1 else None,
+        load_from_cache_file=False,  # a file may have changed
+        desc="Looking for equal values",
+    )
+
+
+def row_keys(row: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of a row, under names of their own: a column of images has no place for them."""
+    return {f"{name}_key": content_key(cell) for name, cell in row.items()}
