@@ -20,7 +20,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from evaluation.assets import asset_path
-from modeling_cocoa.inputs import IMAGE_EXTENSIONS
+from modeling_cocoa import CocoaTransformer
+from modeling_cocoa.folders import list_images
 
 
 def main() -> None:
@@ -35,9 +36,12 @@ def main() -> None:
     devices = options.devices or gpus or ["cpu", "cpu"]
 
     # 1. The inputs. Give the processes paths, not opened pictures: everything that they get is sent to them.
-    paths = sorted(str(path) for path in options.folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
-    if not paths:
-        parser.error(f"there are no pictures ({', '.join(IMAGE_EXTENSIONS)}) in {options.folder}; check the path")
+    images, left_out = list_images(options.folder, recursive=False)
+    if not images:
+        parser.error(f"there are no pictures in {options.folder}; check the path. {left_out}")
+    if left_out:
+        print(left_out)
+    paths = [{"image": str(path)} for path in images]
 
     # 2. Processes on one CPU share its cores; without this, each would start a thread for every core.
     if "cpu" in devices:
@@ -45,9 +49,9 @@ def main() -> None:
 
     # 3. The model, and a process for each device, which loads the libraries once and then works until it is stopped.
     #    New processes run this file from its top, which is why the work is in `main`, behind the last two lines.
-    model = SentenceTransformer(
-        str(asset_path("checkpoints/cocoa-tiny")) if options.model == "tiny" else options.model
-    )
+    #    `CocoaTransformer` opens every kind of picture in one way; `SentenceTransformer(folder)` drops transparency.
+    folder = str(asset_path("checkpoints/cocoa-tiny")) if options.model == "tiny" else options.model
+    model = SentenceTransformer(modules=[CocoaTransformer(folder)])
     pool = model.start_multi_process_pool(devices)
 
     # 4. Embed. The inputs go out in chunks, to whichever process is free; the vectors come back in order. `batch_size`
@@ -58,7 +62,7 @@ def main() -> None:
     finally:
         model.stop_multi_process_pool(pool)
     np.save(options.output, vectors)
-    options.output.with_suffix(".json").write_text(json.dumps([Path(path).name for path in paths]), encoding="utf-8")
+    options.output.with_suffix(".json").write_text(json.dumps([path.name for path in images]), encoding="utf-8")
     print(f"{len(vectors)} vectors by {len(devices)} processes ({', '.join(devices)}) in {options.output}.")
 
     # 5. The same as one process gives, but for the last digits of the numbers: batches are put together otherwise.

@@ -5,14 +5,16 @@ Search a folder of pictures by words or by another picture, with FAISS (`pip ins
     python examples/search_folder_with_faiss.py my_pictures "boats at sea" --model my_model/final
     python examples/search_folder_with_faiss.py my_pictures harbour.jpg --model my_model/final
 
-The first call embeds every picture and keeps the vectors in `search_index/`; later calls embed only pictures that are
-new or were changed. Without `--model` the tiny model that comes with the package is used; it knows emoji and nothing
+The first call embeds every picture and keeps the vectors in `search_index/` as they come; later calls embed only
+pictures that are new or were changed. Files that are no pictures, and pictures that cannot be read, are left out and
+counted. Without `--model` the tiny model that comes with the package is used; it knows emoji and nothing
 else.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 from pathlib import Path
@@ -23,7 +25,8 @@ import torch
 from evaluation.assets import asset_path
 from evaluation.vectors import fingerprint
 from modeling_cocoa import CocoaTransformer
-from modeling_cocoa.inputs import IMAGE_EXTENSIONS
+from modeling_cocoa.folders import describe_unreadable, encode_readable, list_images
+from modeling_cocoa.inputs import CocoaInputError, input_messages
 
 
 def main() -> None:
@@ -36,21 +39,27 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=5, help="how many pictures to show")
     options = parser.parse_args()
 
-    # 1. The pictures. Size and time of a file tell whether it has changed since it was embedded.
-    files = []
-    for path in sorted(options.folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_EXTENSIONS:
-            status = path.stat()
-            files.append((str(path.relative_to(options.folder)), status.st_size, status.st_mtime_ns))
-    if not files:
-        parser.error(f"there are no pictures ({', '.join(IMAGE_EXTENSIONS)}) in {options.folder}; check the path")
+    # 1. The query: a mistyped path of a picture is an error, instead of words to search for.
+    try:
+        input_messages(options.query)
+    except CocoaInputError as error:
+        parser.error(error.reason)
 
-    # 2. The model, and a name for everything that decides its vectors: those of another model cannot be compared.
+    # 2. The pictures. Size and time of a file tell whether it has changed since it was embedded.
+    images, left_out = list_images(options.folder)
+    if not images:
+        parser.error(f"there are no pictures in {options.folder}; check the path. {left_out}")
+    files = []
+    for path in images:
+        status = path.stat()
+        files.append((str(path.relative_to(options.folder)), status.st_size, status.st_mtime_ns))
+
+    # 3. The model, and a name for everything that decides its vectors: those of another model cannot be compared.
     folder = str(asset_path("checkpoints/cocoa-tiny")) if options.model == "tiny" else options.model
     model = CocoaTransformer(folder).to("cuda" if torch.cuda.is_available() else "cpu")
     name = fingerprint(model)
 
-    # 3. What is known from an earlier call. `IndexFlatIP` compares with every vector: exact, and fast enough up to
+    # 4. What is known from an earlier call. `IndexFlatIP` compares with every vector: exact, and fast enough up to
     #    some millions of them. Vectors have length 1, so that the inner product (IP) is the cosine.
     index_file, names_file = options.index / "vectors.faiss", options.index / "files.json"
     index, known = faiss.IndexFlatIP(model.get_embedding_dimension()), []
@@ -63,20 +72,9 @@ def main() -> None:
             )
         index, known = faiss.read_index(str(index_file)), [tuple(file) for file in kept["files"]]
 
-    # 4. Embed what is new. Pictures that are gone or were changed leave the index; the new ones come at its end.
-    before, now = set(known), set(files)
-    gone = [row for row, file in enumerate(known) if file not in now]
-    new = [file for file in files if file not in before]
-    index.remove_ids(faiss.IDSelectorBatch(gone))
-    known = [file for file in known if file in now]
-    if new:
-        index.add(model.encode([str(options.folder / path) for path, _, _ in new], show_progress_bar=True))
-    print(f"Embedded {len(new)} of {len(files)} pictures; {len(known)} were in the index.")
-
-    # 5. Keep it. The names are removed first and put in place last, so that an interruption leaves no vectors with the
-    #    names of others. Neither file can hold code that would run when it is read.
-    if new or gone:
-        known += new
+    # 5. How it is kept. The names are removed first and put in place last, so that an interruption leaves no vectors
+    #    with the names of others. Neither file can hold code that would run when it is read.
+    def keep() -> None:
         options.index.mkdir(parents=True, exist_ok=True)
         names_file.unlink(missing_ok=True)
         faiss.write_index(index, str(index_file))
@@ -84,7 +82,29 @@ def main() -> None:
         partial.write_text(json.dumps({"model": name, "files": known}), encoding="utf-8")
         os.replace(partial, names_file)
 
-    # 6. Search. A text that is the path of a picture is taken as the picture. A model that was trained with
+    # 6. Embed what is new. Pictures that are gone or were changed leave the index; the new ones come at its end, and
+    #    are kept every 1,024 pictures. A picture that cannot be read is left out, and tried again by the next call.
+    before, now = set(known), set(files)
+    gone = [row for row, file in enumerate(known) if file not in now]
+    new = [file for file in files if file not in before]
+    index.remove_ids(faiss.IDSelectorBatch(gone))
+    known = [file for file in known if file in now]
+    old, unreadable = len(known), []
+    if gone:
+        keep()
+    encode = functools.partial(model.encode, show_progress_bar=True)
+    for places, vectors, reasons in encode_readable(
+        encode, [{"image": str(options.folder / path)} for path, _, _ in new]
+    ):
+        index.add(vectors)
+        known += [new[place] for place in places]
+        unreadable += reasons.values()
+        keep()
+    print(f"Embedded {len(known) - old} of {len(files)} pictures; {old} were in the index.")
+    for line in filter(None, (describe_unreadable(unreadable), left_out)):
+        print(line)
+
+    # 7. Search. A text that is the path of a picture is taken as the picture. A model that was trained with
     #    instructions wants them here: `model.encode([options.query], prompt="...")`.
     scores, rows = index.search(model.encode([options.query]), min(options.top, len(known)))
     for score, row in zip(scores[0], rows[0], strict=True):

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .inputs import CocoaInputError, Conversation
 from .modeling_cocoa import CocoaModelMixin
-from .processing_cocoa import CocoaProcessor, check_list
+from .processing_cocoa import PIXELS_AT_ONCE, CocoaProcessor, check_list
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +181,7 @@ def succeeds(work: Callable[[list[T]], None], batch: list[T]) -> bool:
 def encode_inputs(
     model: CocoaModelMixin,
     processor: CocoaProcessor,
-    inputs: Sequence[Any],
+    inputs: Iterable[Any],
     *,
     prompt: str | None = None,
     batch_tokens: int | None = None,
@@ -192,11 +195,12 @@ def encode_inputs(
     together; an input that is longer alone makes a batch of its own. Inputs that are the same are computed once, and
     an image that several inputs share passes the vision tower once (again where so many others came between that its
     features were let go). Memory does not grow with the number of inputs beyond the vectors themselves. On a GPU, the
-    next inputs are read while it works.
+    next inputs are read while it works. The model computes as in evaluation mode; the modes of its modules are left
+    alone, so that other threads may use it, in training too.
 
     Args:
         model, processor: What embeds, on the model's device.
-        inputs (`Sequence`): As in [`CocoaProcessor.encode`].
+        inputs (`Iterable`): As in [`CocoaProcessor.encode`].
         prompt (`str`, *optional*): As in [`CocoaProcessor.encode`].
         batch_tokens (`int`, *optional*): Tokens of a batch; by default 2,048 on a CPU, 8,192 elsewhere, and any number
             where `batch_size` is given. Halved, with a warning, where a GPU's memory does not suffice.
@@ -220,16 +224,22 @@ def encode_inputs(
     image_tokens = IMAGE_BATCHES_AT_ONCE * (batch_tokens or default_tokens)
     if batch_tokens is None:
         batch_tokens = math.inf if batch_size else default_tokens
-    embedder = Embedder(model, processor, batch_tokens)
-    vectors = torch.empty(len(inputs), model.config.get_text_config().hidden_size)
+    embedder = Embedder(in_evaluation_mode(model), processor, batch_tokens)
+    count = len(inputs) if isinstance(inputs, Sized) else None
+    hidden = model.config.get_text_config().hidden_size
+    vectors = torch.empty(count or 0, hidden, dtype=torch.float32)
+    read = 0
     parts = read_parts(processor, inputs, prompt, image_tokens)
-    with torch.inference_mode(), tqdm(total=len(inputs), unit="input", disable=not show_progress_bar) as bar:
+    with torch.inference_mode(), tqdm(total=count, unit="input", disable=not show_progress_bar) as bar:
         window = Window()
         for part in parts if on_cpu else read_ahead(parts):
             embedder.read_images(part.take_images())
             window.add(part)
             if part.is_part:
                 continue
+            read += len(window.rows) + len(window.repeated)
+            if read > len(vectors):  # of inputs without a length
+                vectors.resize_(2 * read, hidden)
 
             def work(batch: list[int], window: Window = window) -> None:
                 vectors[torch.tensor(batch)] = embedder.embed(window, batch)
@@ -241,11 +251,11 @@ def encode_inputs(
             bar.update(len(window.repeated))
             window = Window()
             embedder.forget_images(image_tokens)
-    return vectors
+    return vectors if len(vectors) == read else vectors[:read].clone()
 
 
 def read_parts(
-    processor: CocoaProcessor, inputs: Sequence[Any], prompt: str | None, image_tokens: int
+    processor: CocoaProcessor, inputs: Iterable[Any], prompt: str | None, image_tokens: int
 ) -> Iterator[Window]:
     """
     The inputs, read and made into tensors: parts of windows, whose pixels are few enough to be held at once.
@@ -256,38 +266,77 @@ def read_parts(
     size = processor.image_processor.size
     seen: dict[bytes, int] = {}
     pending: dict[int, Conversation] = {}
-    repeated: dict[int, int] = {}
-    inputs_of_window = tokens_of_window = tokens_of_part = 0
+    part = Window()
+    inputs_of_window = tokens_of_window = tokens_of_part = decoded = 0
 
-    def make(is_part: bool) -> Window:
+    def encode() -> None:
+        """Make tensors of what was read, and let go of the images."""
+        nonlocal decoded
         positions = list(pending)
         try:
             rows = processor.encode(list(pending.values()), prompt=prompt)
         except CocoaInputError as error:
             raise CocoaInputError(error.reason, positions[error.position or 0]) from error
-        images = {position: conversation.image_digests for position, conversation in pending.items()}
-        part = Window(dict(zip(positions, rows, strict=True)), images, dict(repeated), is_part)
+        part.rows.update(zip(positions, rows, strict=True))
+        part.images.update((position, conversation.image_digests) for position, conversation in pending.items())
         pending.clear()
-        repeated.clear()
-        return part
+        decoded = 0
 
     for position, conversation in enumerate(processor.read(inputs)):
         first = seen.setdefault(conversation.digest, position)
         if first != position:
-            repeated[position] = first
+            part.repeated[position] = first
             continue
         pending[position] = conversation
         tokens = conversation.pixels(size["shortest_edge"], size["longest_edge"]) // TOKEN_PIXELS
+        decoded += conversation.pixels(0, sys.maxsize)
         inputs_of_window += 1
         tokens_of_window += tokens
         tokens_of_part += tokens
-        if tokens_of_window >= image_tokens or inputs_of_window == INPUTS_AT_ONCE:
-            yield make(is_part=False)
-            inputs_of_window = tokens_of_window = tokens_of_part = 0
-        elif tokens_of_part >= IMAGE_TOKENS_OF_A_PART:
-            yield make(is_part=True)
-            tokens_of_part = 0
-    yield make(is_part=False)
+        is_full = tokens_of_window >= image_tokens or inputs_of_window == INPUTS_AT_ONCE
+        if is_full or tokens_of_part >= IMAGE_TOKENS_OF_A_PART:
+            encode()
+            part.is_part = not is_full
+            yield part
+            part, tokens_of_part = Window(), 0
+            if is_full:
+                inputs_of_window = tokens_of_window = 0
+        elif decoded >= PIXELS_AT_ONCE:
+            encode()
+    encode()
+    yield part
+
+
+def in_evaluation_mode(model: CocoaModelMixin) -> CocoaModelMixin:
+    """
+    A model that computes as in evaluation mode: itself where it is in that mode, otherwise another tree of modules
+    over the same weights. Setting the mode and setting it back would change what other threads compute meanwhile.
+    """
+    if not any(module.training for module in model.modules()):
+        return model
+    copies: dict[nn.Module, nn.Module] = {}
+
+    def copy(module: nn.Module) -> nn.Module:
+        if module not in copies:
+            twin = copies[module] = object.__new__(type(module))
+            twin.__dict__ = {name: bind(value, module, twin) for name, value in module.__dict__.items()}
+            twin.__dict__["training"] = False
+            twin.__dict__["_modules"] = {
+                name: None if child is None else copy(child) for name, child in module._modules.items()
+            }
+        return copies[module]
+
+    return copy(model)
+
+
+def bind(value: Any, module: nn.Module, twin: nn.Module) -> Any:
+    """An attribute of a module, for its copy: accelerate keeps forwards there that are bound to the module."""
+    if isinstance(value, MethodType) and value.__self__ is module:
+        return MethodType(value.__func__, twin)
+    if isinstance(value, partial) and any(argument is module for argument in value.args):
+        arguments = (twin if argument is module else argument for argument in value.args)
+        return partial(value.func, *arguments, **value.keywords)
+    return value
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:

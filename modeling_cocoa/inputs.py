@@ -16,17 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from transformers.video_utils import VideoMetadata, load_video
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tiff", ".webp")
-VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".wmv", ".flv", ".mkv")
+VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".wmv", ".flv", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".3gp", ".ogv")
+"""Endings of video files; those of images are Pillow's, see [`media_kind`]."""
 ROLES = ("system", "user", "assistant", "query", "document")
 ITEM_KEYS = ("text", "image", "images", "video")
 MEDIA_SOURCES = ("path", "url")
 
 EMPTY_TEXT = "the text is empty; drop it, or leave the key out."
 
+CHANNELS = (1, 2, 3, 4)
+"""Of an image given as an array: grey, grey and alpha, RGB, RGBA."""
 MIN_IMAGE_SIDE = 4
 """Pixels. Less shows nothing, and an array's three channels could be taken for its side."""
 MAX_IMAGE_PIXELS = 89_478_485
@@ -42,7 +44,7 @@ class CocoaInputError(ValueError):
     An input that cannot be encoded.
 
     Args:
-        message (`str`): What is wrong, and the mend.
+        message (`str`): What is wrong, and how to fix it.
         position (`int`, *optional*): Index of the item in the list that was passed; named in front of the message.
         counted (`str`, defaults to `""`): What the position counts, where that is not the caller's own list.
 
@@ -73,12 +75,15 @@ class Conversation:
         images (`list[PIL.Image.Image]`): In the order of the messages.
         videos (`list[np.ndarray]`): Each of shape `(frames, height, width, 3)`, uint8.
         video_metadata (`list[VideoMetadata]`): One a video.
+        missing_file (`str`): Why the input is a text, where it is a bare str that ends like an image or a video file;
+            otherwise empty.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
     videos: list[np.ndarray] = field(default_factory=list)
     video_metadata: list[VideoMetadata] = field(default_factory=list)
+    missing_file: str = ""
 
     @cached_property
     def image_digests(self) -> list[bytes]:
@@ -104,32 +109,61 @@ class Conversation:
 
 
 def digest_image(image: Image.Image) -> bytes:
-    """Of everything that decides what an image's pixels look like."""
-    palette = image.getpalette() if image.mode in ("P", "PA") else None
-    look = (image.mode, image.size, palette, image.info.get("transparency"))
-    summary = hashlib.sha256(repr(look).encode())
+    """32 bytes: the same for RGB images that are the same pixel by pixel."""
+    summary = hashlib.sha256(repr(image.size).encode())
     summary.update(image.tobytes())
     return summary.digest()
 
 
-def read_input(item: Any, video_processor: Any, image_size: tuple[int, int] | None = None) -> Conversation:
+@dataclass(frozen=True)
+class Stretched:
+    """
+    An image of any form that [`load_image`] takes, to be stretched once it is loaded.
+
+    Args:
+        image: The image.
+        size (`tuple[int, int]`): Width and height.
+    """
+
+    image: Any
+    size: tuple[int, int]
+
+
+def media_kind(name: str | os.PathLike) -> str | None:
+    """
+    What a file is by the ending of its name.
+
+    Returns:
+        `"image"` where Pillow opens files of this ending (plugins that were registered later count too), `"video"` for
+        one of [`VIDEO_EXTENSIONS`], and `None` for any other.
+    """
+    ending = "." + os.fspath(name).rpartition(".")[2].lower()
+    if ending in VIDEO_EXTENSIONS:
+        return "video"
+    kind = Image.registered_extensions().get(ending)
+    if kind == "MPO":  # opened as a JPEG
+        return "image"
+    opener = Image.OPEN[kind][0] if kind in Image.OPEN else None
+    if opener is None or (isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile)):
+        return None  # saved only, or known by name only
+    return "image"
+
+
+def read_input(item: Any, video_processor: Any) -> Conversation:
     """
     Check one input and load its media.
 
     Args:
-        item: A text, an image (PIL, path or array), a dict with any of `text`, `image`, `images` and `video`, one
-            message or a list of messages; or what this function gave. Keys that are None count as absent.
+        item: A text, an image (PIL, path, bytes or array), a dict with any of `text`, `image`, `images` and `video`,
+            one message or a list of messages; or what this function gave. Keys that are None count as absent.
         video_processor: Stock video processor, whose frame sampling is used on video files.
-        image_size (`tuple[int, int]`, *optional*): Width and height to stretch images to; see [`load_image`].
 
     Raises:
         CocoaInputError: the item cannot be encoded; without a position.
     """
     if isinstance(item, Conversation):
         return item
-    return _Reader(partial(load_image, size=image_size), partial(read_video, video_processor=video_processor)).read(
-        item
-    )
+    return _Reader(load_image, partial(read_video, video_processor=video_processor)).read(item)
 
 
 def input_messages(item: Any) -> list[dict[str, Any]]:
@@ -137,16 +171,21 @@ def input_messages(item: Any) -> list[dict[str, Any]]:
     One input of any form as a conversation with its images and videos in place, as they were given: nothing is opened.
 
     Args:
-        item: As in [`read_input`].
+        item: As in [`read_input`]. A bare str that ends like an image or a video file and is none is an error here,
+            where [`read_input`] takes it for a text: these are rows to train on, and queries of a command line.
 
     Returns:
         `list[dict]`: `{"role", "content"}`, with `{"type": "text", "text"}`, `{"type": "image", "image"}` and
         `{"type": "video", "video"}` as content.
 
     Raises:
-        CocoaInputError: the item is of no form that there is; without a position.
+        CocoaInputError: the item is of no form that there is, or names a file that does not exist; without a position.
     """
     conversation = _Reader(lambda image: image, lambda video: (video, None)).read(item)
+    if conversation.missing_file:
+        raise CocoaInputError(
+            f'{conversation.missing_file} If it is meant as text, pass {{"text": ...}}, which is never read as a path.'
+        )
     media = {"image": iter(conversation.images), "video": iter(conversation.videos)}
     for message in conversation.messages:
         for part in message["content"]:
@@ -257,7 +296,8 @@ class _Reader:
                 else:
                     content.append(self.read_value("image" if key == "images" else key, value))
             return content
-        return [self.read_value(_kind(item), item)]
+        kind, self.conversation.missing_file = _kind(item)
+        return [self.read_value(kind, item)]
 
     def read_value(self, kind: str, value: Any) -> dict[str, Any]:
         if kind == "text":
@@ -276,51 +316,81 @@ class _Reader:
 
 def load_image(value: Any, size: tuple[int, int] | None = None) -> Image.Image:
     """
-    Load and check one image.
-
-    Files are turned upright by their EXIF orientation and converted to RGB, as the stock loader does. A PIL image is
-    returned as it is.
+    Load and check one image. Every form of one image gives the same pixels: turned upright by its EXIF orientation,
+    what is transparent on white, 16 bits scaled down to 8 (the upper byte), in RGB.
 
     Args:
-        value: PIL image, path, `data:image/...` string, uint8 array or tensor of shape (height, width),
-            (height, width, channels) or (channels, height, width), or a dict with `bytes` or `path`.
+        value: PIL image, path, bytes of a file, `data:image/...` string, a dict with `bytes` or `path`, or a
+            [`Stretched`] one of these; or an array or tensor of shape (height, width), (height, width, channels) or
+            (channels, height, width), of uint8, uint16 or bool, with 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA)
+            channels.
         size (`tuple[int, int]`, *optional*): Width and height to stretch it to, whatever its shape.
 
     Raises:
         CocoaInputError: it is missing, corrupt, too large, of another type, or where it keeps its shape too small or
             too long.
     """
+    if isinstance(value, Stretched):
+        value, size = value.image, value.size
     name = "the image"
     if isinstance(value, Mapping):
         content, path = value.get("bytes"), value.get("path")
         _check_keys(value, ("bytes", "path"), "an image given as a dict")
         if content is None and path is None:
             raise CocoaInputError('an image given as a dict needs "bytes" or "path".')
-        value = io.BytesIO(content) if content is not None else path
+        value, name = (path, name) if content is None else (content, str(path or name))
     if isinstance(value, (np.ndarray, torch.Tensor)):
-        value = Image.fromarray(_pixels(value))
-    is_file = not isinstance(value, Image.Image)
+        value = _from_array(value)
     if isinstance(value, (str, os.PathLike)):
         value, name = _open_source(os.fspath(value), "image")
+    elif isinstance(value, (bytes, bytearray, memoryview)):
+        value = io.BytesIO(value)
     if isinstance(value, (str, io.BytesIO)):
         try:
             value = Image.open(value)
         except Exception as error:  # decoders raise what they like
-            raise CocoaInputError(f"{name} cannot be read as an image ({_reason(error)}); mend or drop it.") from error
+            raise CocoaInputError(
+                f"{name} cannot be read as an image ({_reason(error)}); repair or drop it."
+            ) from error
     if not isinstance(value, Image.Image):
         raise CocoaInputError(
-            f"an image cannot be a {type(value).__name__}; give a PIL image, a path, a uint8 array, or a dict with "
-            "bytes or path."
+            f"an image cannot be a {type(value).__name__}; give a PIL image, a path, bytes, a uint8 array, or a dict "
+            "with bytes or path."
         )
     _check_size(value, name, keeps_shape=size is None)
     try:
         value.load()
-        upright = ImageOps.exif_transpose(value) if is_file else value
+        image = _to_rgb(value)
+    except CocoaInputError as error:
+        raise CocoaInputError(f"{name} {error.reason}") from error
     except Exception as error:  # decoders raise what they like
-        raise CocoaInputError(f"{name} is corrupt ({_reason(error)}); mend or drop it.") from error
-    upright = _eight_bits(upright, name)
-    upright = upright.convert("RGB") if is_file or size is not None else upright
-    return upright if size is None else upright.resize(size)
+        raise CocoaInputError(f"{name} is corrupt ({_reason(error)}); repair or drop it.") from error
+    return image if size is None else image.resize(size)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image of any mode as [`load_image`] promises; one that is so already is returned as it is."""
+    deep_format = image.format in ("PNG", "PPM")  # whose mode "I" holds 16 bits
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I;16") or (image.mode == "I" and deep_format):
+        values = np.asarray(image)
+        grey = (values >> 8).astype(np.uint8)
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise CocoaInputError("has 32 bits a pixel, without a known range; convert it to 8 bits.")
+    if image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
+        image = image.copy()  # of 16 bits, of which Pillow keeps the upper byte
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    if image.mode in ("La", "RGBa"):  # alpha multiplied in
+        image = image.convert(image.mode.upper())
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_video(value: Any, video_processor: Any) -> tuple[np.ndarray, VideoMetadata]:
@@ -353,10 +423,12 @@ def read_video(value: Any, video_processor: Any) -> tuple[np.ndarray, VideoMetad
                 f"{name} needs a video decoder, and PyAV is not installed; run pip install av, or give frames."
             ) from error
         except Exception as error:  # decoders raise what they like
-            raise CocoaInputError(f"{name} cannot be read as a video ({_reason(error)}); mend or drop it.") from error
+            raise CocoaInputError(
+                f"{name} cannot be read as a video ({_reason(error)}); repair or drop it."
+            ) from error
         _check_size(Image.fromarray(frames[0]), name)
     elif isinstance(value, (list, tuple)) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 4):
-        images = [np.asarray(load_image(frame).convert("RGB")) for frame in value]
+        images = [np.asarray(load_image(frame)) for frame in value]
         if not images:
             raise CocoaInputError("the video has no frames.")
         if len({image.shape for image in images}) > 1:
@@ -382,28 +454,47 @@ def _sample(video_processor: Any, fps: float, metadata: VideoMetadata, **kwargs:
     return np.asarray(video_processor.sample_frames(metadata=metadata, fps=fps))
 
 
-def _kind(item: Any) -> str:
-    """Whether a bare item is a text, an image or a video; the rule of sentence-transformers."""
+def _kind(item: Any) -> tuple[str, str]:
+    """
+    Whether a bare item is a text, an image or a video; the rule of sentence-transformers, for more kinds of files.
+
+    Returns:
+        The kind; and for a text that ends like the name of a file and is none, what is missing, otherwise `""`.
+    """
     if isinstance(item, str):
-        is_link = re.fullmatch(r"https?://\S+", item) is not None
-        ending = re.split(r"[?#]", item)[0].lower() if is_link else item.lower()
-        for kind, extensions in (("image", IMAGE_EXTENSIONS), ("video", VIDEO_EXTENSIONS)):
-            if ending.endswith(extensions) and (is_link or os.path.isfile(item)):
-                return kind
-        return "image" if item.startswith("data:image/") else "text"
+        if item.startswith(("data:image/", "data:video/")):
+            return item[5:10], ""
+        if re.fullmatch(r"https?://\S+", item):
+            return media_kind(re.split(r"[?#]", item)[0]) or "text", ""
+        kind = media_kind(item)
+        if kind and os.path.isfile(item):
+            return kind, ""
+        return "text", _no_file(item, kind) if kind and not re.search(r"\s", item) else ""
     if isinstance(item, os.PathLike):
-        return "video" if os.fspath(item).lower().endswith(VIDEO_EXTENSIONS) else "image"
-    if isinstance(item, Image.Image):
-        return "image"
+        return "video" if media_kind(item) == "video" else "image", ""
+    if isinstance(item, (Image.Image, Stretched, bytes, bytearray, memoryview)):
+        return "image", ""
     if isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim in (2, 3, 4):
-        return "video" if item.ndim == 4 else "image"
+        return "video" if item.ndim == 4 else "image", ""
     if isinstance(item, (np.ndarray, torch.Tensor)):
         raise CocoaInputError(
             f"an array of shape {tuple(item.shape)} is neither an image (2 or 3 dimensions) nor a video (4)."
         )
     raise CocoaInputError(
-        f"it is a {type(item).__name__}; give a text, an image (PIL, path or array), a dict, or a conversation."
+        f"it is a {type(item).__name__}; give a text, an image (PIL, path, bytes or array), a dict, or a conversation."
     )
+
+
+def _no_file(source: str, kind: str) -> str:
+    """That a path leads to no file, and what may be meant."""
+    if os.path.isdir(source):
+        return f"{source} is a folder, not {_one(kind)} file; give the path of a file in it."
+    advice = "check the path."
+    if source.startswith("~"):
+        advice = "~ is not expanded here, use os.path.expanduser."
+    elif source.startswith("file:"):
+        advice = "give a path, without file://."
+    return f"there is no {kind} file {source}; {advice}"
 
 
 def _open_source(source: str, kind: str) -> tuple[str | io.BytesIO, str]:
@@ -419,32 +510,28 @@ def _open_source(source: str, kind: str) -> tuple[str | io.BytesIO, str]:
         except (IndexError, ValueError) as error:
             raise CocoaInputError(f"the data string is not base64 ({_reason(error)}).") from error
     if not os.path.isfile(source):
-        raise CocoaInputError(f"there is no {kind} file {source}; check the path.")
+        raise CocoaInputError(_no_file(source, kind))
     return source, source
 
 
-def _pixels(array: np.ndarray | torch.Tensor) -> np.ndarray:
-    """A uint8 array with its channels last, or without channels."""
+def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+    """An image from an array of its pixels, channels first, last or absent."""
+    kind = str(array.dtype).removeprefix("torch.")
+    if kind not in ("uint8", "uint16", "bool"):
+        raise CocoaInputError(f"an image given as an array has dtype {kind}; convert it to uint8 (0 to 255).")
     pixels = array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else array
-    if pixels.dtype != np.uint8:
-        raise CocoaInputError(f"an image given as an array has dtype {pixels.dtype}; convert it to uint8 (0 to 255).")
-    if pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[0] in (1, 3, 4):
+    if pixels.ndim == 3 and pixels.shape[-1] not in CHANNELS and pixels.shape[0] in CHANNELS:
         pixels = np.moveaxis(pixels, 0, -1)
-    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (1, 3, 4)):
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in CHANNELS):
         raise CocoaInputError(
             f"an image given as an array has shape {tuple(array.shape)}; give (height, width, channels) or "
-            "(channels, height, width) with 1, 3 or 4 channels."
+            "(channels, height, width) with 1, 2, 3 or 4 channels."
         )
-    return np.ascontiguousarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
-
-
-def _eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """16-bit grey scaled down, where converting to RGB would clip nearly all of it to white."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise CocoaInputError(f"{name} has 32 bits a pixel, without a known range; convert it to 8 bits.")
-    return image
+    if kind == "uint16":
+        pixels = (pixels >> 8).astype(np.uint8)
+    elif kind == "bool":
+        pixels = 255 * pixels.astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels))
 
 
 def _check_size(image: Image.Image, name: str, keeps_shape: bool = True) -> None:
@@ -474,7 +561,7 @@ def _text_part(text: Any, may_be_space: bool = False) -> dict[str, Any]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise CocoaInputError(f"the text is not valid Unicode ({_reason(error)}); mend or drop it.") from error
+        raise CocoaInputError(f"the text is not valid Unicode ({_reason(error)}); repair or drop it.") from error
     return {"type": "text", "text": str(text)}
 
 

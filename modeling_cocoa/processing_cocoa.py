@@ -3,22 +3,33 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, Qwen2_5_VLProcessor, Qwen2VLProcessor
 
 from .chat_template import build_chat_template
-from .inputs import CocoaInputError, Conversation, read_input
+from .inputs import CocoaInputError, Conversation, Stretched, read_input
+
+logger = logging.getLogger(__name__)
 
 EOS_TOKEN = "<|im_end|>"
 MASK_TOKEN = "<|mask|>"
 MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+
+PIXELS_AT_ONCE = 2**22
+"""Pixels of decoded images and frames from which patches are made of them, so that few are in memory at once."""
 
 __all__ = ["CocoaInputError", "CocoaProcessor"]
 
@@ -188,7 +199,8 @@ class CocoaProcessor:
 
     def read(self, inputs: Iterable[Any]) -> Iterator[Conversation]:
         """
-        Check inputs and load their images and videos, one by one as they are asked for.
+        Check inputs and load their images and videos, one by one as they are asked for. The first bare str that ends
+        like an image or a video file and is none is logged as a warning, since it is read as a text.
 
         Args:
             inputs (`Iterable`): As in [`~CocoaProcessor.encode`], which takes the result too.
@@ -196,27 +208,37 @@ class CocoaProcessor:
         Raises:
             CocoaInputError: an input cannot be read; names its position.
         """
+        has_warned = False
         for position, item in enumerate(inputs):
             try:
-                yield read_input(item, self.video_processor)
+                conversation = read_input(item, self.video_processor)
             except CocoaInputError as error:
                 raise CocoaInputError(error.reason, position) from error
+            if conversation.missing_file and not has_warned and conversation is not item:
+                has_warned = True
+                logger.warning(
+                    'Item %d is embedded as the words of its path: %s For a text, pass {"text": ...}, which is never '
+                    "read as a path. Other such items of this call are not named.",
+                    position,
+                    conversation.missing_file,
+                )
+            yield conversation
 
     def encode(
         self,
-        inputs: Sequence[Any],
+        inputs: Iterable[Any],
         *,
         prompt: str | None = None,
         max_length: int | None = None,
         add_special_tokens: bool = True,
     ) -> list[dict[str, Tensor]]:
         """
-        Encode a list of inputs, without padding.
+        Encode a list of inputs, without padding. Images become patches a few at a time: they are not held decoded.
 
         Args:
-            inputs (`Sequence`): Each a text, an image (PIL, path or uint8 array), a dict with any of `text`, `image`,
-                `images` and `video`, a message, or a conversation; any mixture. A str that is the path of an existing
-                image file is an image; `{"text": path}` is text.
+            inputs (`Iterable`): Each a text, an image (PIL, path, bytes or array, see [`~inputs.load_image`]), a dict
+                with any of `text`, `image`, `images` and `video`, a message, or a conversation; any mixture. A str
+                that is the path of an existing image or video file is that image or video; `{"text": path}` is text.
             prompt (`str`, *optional*): Instruction for these inputs instead of the processor's own; `""` for none.
             max_length (`int`, *optional*): Tokens of an input, the EOS among them; by default the tokenizer's. The
                 last text tokens are dropped beyond it, never tokens of an image or a video.
@@ -236,23 +258,39 @@ class CocoaProcessor:
         check_list(inputs)
         limit = self.max_length if max_length is None else _positive("max_length", max_length)
         prompt = self.prompt if prompt is None else prompt
-        conversations = list(self.read(inputs))
-        if not conversations:
-            return []
-        features = self._call_stock(conversations, prompt, with_header=add_special_tokens)
+        rows: list[dict[str, Tensor]] = []
+        pending: list[Conversation] = []
+        pixels = 0
+        for conversation in self.read(inputs):
+            pending.append(conversation)
+            pixels += conversation.pixels(0, sys.maxsize)
+            if pixels >= PIXELS_AT_ONCE:
+                rows += self._encode_part(pending, len(rows), prompt, limit, add_special_tokens)
+                pending, pixels = [], 0
+                del conversation
+                malloc_trim()(0)
+        if pending:
+            rows += self._encode_part(pending, len(rows), prompt, limit, add_special_tokens)
+        return rows
+
+    def _encode_part(
+        self, conversations: Sequence[Conversation], first: int, prompt: str | None, limit: int, with_frame: bool
+    ) -> list[dict[str, Tensor]]:
+        """[`~CocoaProcessor.encode`] of some inputs, of which `first` is the position of the first."""
+        features = self._call_stock(conversations, prompt, with_header=with_frame)
         images = _split_media(features, "pixel_values", "image_grid_thw", [len(c.images) for c in conversations])
         videos = _split_media(
             features, "pixel_values_videos", "video_grid_thw", [len(c.videos) for c in conversations]
         )
         rows = []
-        for position, ids in enumerate(map(torch.tensor, features["input_ids"])):
+        for place, ids in enumerate(map(torch.tensor, features["input_ids"])):
             if ids[-1] != self.eos_token_id:
-                raise CocoaInputError(f"its last token is not {EOS_TOKEN}: the tokenizer was changed.", position)
-            if not add_special_tokens:
+                raise CocoaInputError(f"its last token is not {EOS_TOKEN}: the tokenizer was changed.", first + place)
+            if not with_frame:
                 ids = ids[:-1]
-            ids = self._truncate(ids, limit, position, has_eos=add_special_tokens)
+            ids = self._truncate(ids, limit, first + place, has_eos=with_frame)
             types = (ids == self.image_token_id).long() + 2 * (ids == self.video_token_id).long()
-            rows.append({"input_ids": ids, "mm_token_type_ids": types, **images[position], **videos[position]})
+            rows.append({"input_ids": ids, "mm_token_type_ids": types, **images[place], **videos[place]})
         return rows
 
     def collate(self, encoded: Sequence[Mapping[str, Tensor]]) -> BatchFeature:
@@ -327,9 +365,28 @@ class CocoaProcessor:
 
 
 def check_list(inputs: Any) -> None:
-    """Raise `TypeError` where one input was given instead of a list of inputs."""
-    if isinstance(inputs, (str, bytes, Mapping, os.PathLike)) or not isinstance(inputs, Sequence):
+    """
+    Raise `TypeError` where one input (or a table, whose columns Python would go through) was given instead of several:
+    a list, or anything else that can be gone through, such as a Series, an array of objects or a generator.
+    """
+    is_one = isinstance(inputs, (str, bytes, bytearray, memoryview, Mapping, os.PathLike, Image.Image, Stretched))
+    is_one = is_one or isinstance(inputs, torch.Tensor)
+    is_one = is_one or (isinstance(inputs, np.ndarray) and (inputs.ndim != 1 or inputs.dtype.kind not in "OUS"))
+    if is_one or hasattr(inputs, "columns") or not isinstance(inputs, Iterable):
         raise TypeError(f"inputs must be a list of inputs; got one {type(inputs).__name__}. Put it in a list.")
+
+
+@cache
+def malloc_trim() -> Callable[[int], Any]:
+    """
+    glibc's function that gives freed memory back to the system; elsewhere one that does nothing. Between decoded
+    photos small tensors are made that stay, so that the next photo does not fit where the last one was, and without it
+    memory grows by 5 MiB a photo.
+    """
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return lambda pad: 0
 
 
 def _split_media(features: BatchFeature, pixels: str, grid: str, counts: Sequence[int]) -> list[dict[str, Tensor]]:

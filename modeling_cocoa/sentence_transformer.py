@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -206,7 +206,7 @@ class CocoaTransformer(InputModule):
 
     def encode(
         self,
-        inputs: Sequence[Any],
+        inputs: Iterable[Any],
         *,
         prompt: str | None = None,
         batch_tokens: int | None = None,
@@ -220,20 +220,15 @@ class CocoaTransformer(InputModule):
         Returns:
             `np.ndarray` of shape `(inputs, hidden)`, float32: unit vectors.
         """
-        training = self.training
-        self.eval()
-        try:
-            return encode_inputs(
-                self.model,
-                self.processor,
-                inputs,
-                prompt=prompt,
-                batch_tokens=batch_tokens,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-            ).numpy()
-        finally:
-            self.train(training)
+        return encode_inputs(
+            self.model,
+            self.processor,
+            inputs,
+            prompt=prompt,
+            batch_tokens=batch_tokens,
+            batch_size=batch_size,
+            show_progress_bar=show_progress_bar,
+        ).numpy()
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         """Write weights, configuration, code and processor; `save_cocoa` writes the folder around them."""

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import Qwen2_5_VLModel, Qwen2VLForConditionalGeneration, Qwen2VLModel
 
+from modeling_cocoa import CocoaTransformer
 from tests.trainers.conftest import EMOJI, ROOT, run_python
 
 EXAMPLES = ROOT / "examples"
@@ -225,6 +226,48 @@ def test_a_folder_is_searched_with_faiss(tmp_path):
     assert sorted(path.name for path in index.iterdir()) == ["files.json", "vectors.faiss"]
 
 
+def test_one_bad_picture_neither_stops_a_folder_nor_loses_what_was_embedded(tmp_path, capsys):
+    """Every ending that Pillow opens is searched; what is left out is counted; vectors are kept as they come."""
+    pytest.importorskip("faiss")
+    folder, index = tmp_path / "pictures", tmp_path / "index"
+    write_pictures(folder, "train", 6)
+    for place, ending in enumerate(("tif", "jfif", "avif", "bmp", "webp")):
+        Image.open(folder / f"{place}.png").save(folder / f"{place}.{ending}")
+        (folder / f"{place}.png").unlink()
+    (folder / "cut.png").write_bytes((folder / "5.png").read_bytes()[:80])
+    (folder / "notes.txt").write_text("no picture")
+    script = EXAMPLES / "search_folder_with_faiss.py"
+    printed = run_here(script, folder, "cat", "--index", index, "--top", 10)
+    assert "Left out, since Pillow does not open them as images: 1 .csv, 1 .txt." in printed
+    assert "Embedded 6 of 7 pictures; 0 were in the index." in printed
+    assert re.search(r"cannot be read: 1\. \S+cut\.png (is corrupt|cannot be read)", printed)
+    assert len(re.findall(r"^  -?\d\.\d\d  ", printed, flags=re.MULTILINE)) == 6
+    with patch("modeling_cocoa.folders.CHUNK", 2), pytest.raises(KeyboardInterrupt):
+        for place in range(6, 12):
+            Image.new("RGB", (64, 64), (20 * place, 0, 0)).save(folder / f"{place}.png")
+        run_interrupted(script, folder, "cat", "--index", index)
+    kept = json.loads((index / "files.json").read_text())["files"]
+    assert len(kept) == 10, "two chunks of two, beside the six"
+    assert "Embedded 2 of 13 pictures; 10 were in the index." in run_here(script, folder, "cat", "--index", index)
+    with pytest.raises(SystemExit):
+        run_here(script, folder, "nope.png", "--index", index)
+    assert "there is no image file nope.png" in capsys.readouterr().err
+
+
+def run_interrupted(script: Path, *options: object) -> None:
+    """An example that is stopped by Ctrl-C while it embeds its third chunk."""
+    encode, calls = CocoaTransformer.encode, []
+
+    def stopped(*arguments: Any, **options: Any) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(*arguments, **options)
+
+    with patch.object(CocoaTransformer, "encode", stopped):
+        run_here(script, *options)
+
+
 def test_an_index_of_another_model_is_refused(tmp_path, capsys):
     """Its vectors cannot be compared; nothing is overwritten."""
     pytest.importorskip("faiss")
@@ -245,10 +288,9 @@ def test_several_processes_give_the_vectors_of_one(tmp_path):
     assert "30 vectors by 2 processes (cpu, cpu)" in printed
     assert float(re.search(r"gives the same to (\S+)\.", printed).group(1)) < 1e-6
     names = json.loads(output.with_suffix(".json").read_text())
-    expected = SentenceTransformer(str(TINY), device="cpu").encode(
-        [str(tmp_path / "pictures" / name) for name in names]
-    )
+    expected = CocoaTransformer(TINY).encode([tmp_path / "pictures" / name for name in names])
     np.testing.assert_allclose(np.load(output, allow_pickle=False), expected, rtol=0, atol=1e-6)
+    assert "1 .csv" in printed
     assert sorted(names) == sorted(path.name for path in (tmp_path / "pictures").glob("*.png"))
 
 

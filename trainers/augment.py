@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from torchvision.transforms import v2
 
+from modeling_cocoa.inputs import load_image
+
 AUGMENT = v2.Compose(
     [
         v2.ColorJitter(saturation=(0.6, 1.4)),
@@ -37,4 +39,4 @@ def augment_row(row: dict[str, Any], index: int, columns: list[str], seed: int) 
     """One row's pictures, changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + index)
-        return {name: AUGMENT(row[name].convert("RGB")) for name in columns if row[name] is not None}
+        return {name: AUGMENT(load_image(row[name])) for name in columns if row[name] is not None}

@@ -20,6 +20,7 @@ from .masking import IGNORE_INDEX, check_ratios, choose, mask_text
 from .rows import (
     NoTargetTextError,
     Part,
+    fetch_image,
     is_pair,
     join_texts,
     open_images,
@@ -234,7 +235,7 @@ class ReconstructionCollator:
         parts = parts_of(row)
         for part in parts:
             if part["type"] == "image":
-                part["image"] = load_image(open_images(part["image"]), self.image_size)
+                part["image"] = load_image(fetch_image(part["image"]), self.image_size)
         generator = np.random.default_rng(row["seed"])
         for direction in self._possible_directions({part["type"] for part in parts}):
             source, target = (choose_parts(parts, kinds) for kinds in DIRECTIONS[direction])

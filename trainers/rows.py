@@ -8,8 +8,9 @@ from typing import Any
 
 from datasets import Image, LargeList
 from datasets import Sequence as SequenceFeature
+from datasets.utils.file_utils import is_local_path, xopen
 
-from modeling_cocoa.inputs import CocoaInputError, input_parts, read_input
+from modeling_cocoa.inputs import CocoaInputError, Stretched, input_messages, input_parts
 
 PAIR_COLUMNS = ("query", "positive")
 """Columns of a pair, as contrastive training has them."""
@@ -145,47 +146,50 @@ def undecoded(feature: Any) -> Any:
 
 def open_images(item: Any, size: tuple[int, int] | None = None) -> Any:
     """
-    An input of any form with its images as the dataset itself would have decoded them, had it not been kept from it by
-    [`undecoded`]; so one that is corrupt is an error that names its row, and not one from inside the data loader.
+    An input as [`CocoaProcessor.encode`] takes it, which opens its images one at a time, in the one way in which
+    images are opened everywhere.
 
     Args:
-        item: As in [`CocoaProcessor.encode`], with images of `{"bytes", "path"}`.
-        size (`tuple[int, int]`, *optional*): Width and height, in pixels, to which every image is stretched.
+        item: As in [`CocoaProcessor.encode`], with images of any form, those that [`undecoded`] leaves among them.
+        size (`tuple[int, int]`, *optional*): Width and height, in pixels, to which every image is to be stretched.
 
     Returns:
-        The input; with a `size`, as a conversation.
+        The input; with a `size`, or where an image had to be fetched, as a conversation.
 
     Raises:
-        CocoaInputError: an image's bytes or its file cannot be read as an image; or there is a size, and the input
-            cannot be read or has a video.
+        CocoaInputError: it is of no form that there is; a bare str ends like an image or a video file and is none;
+            a remote image cannot be fetched; there is a size, and the input has a video.
     """
-    item = _decode(item)
-    if size is None:
-        return item
-    conversation = read_input(item, None, size)
-    if conversation.videos:
+    messages = input_messages(item)
+    parts = [part for message in messages for part in message["content"]]
+    if size is not None and any(part["type"] == "video" for part in parts):
         raise CocoaInputError("it has a video; image_resolution is for images.")
-    images = iter(conversation.images)
-    for message in conversation.messages:
-        for part in message["content"]:
-            if part["type"] == "image":
-                part["image"] = next(images)
-    return conversation.messages
+    is_changed = size is not None
+    for part in parts:
+        if part["type"] == "image":
+            image = fetch_image(part["image"])
+            is_changed = is_changed or image is not part["image"]
+            part["image"] = image if size is None else Stretched(image, size)
+    return messages if is_changed else item
 
 
-def _decode(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decode(part) for part in value]
-    if not isinstance(value, Mapping):
-        return value
-    if {"bytes", "path"} != set(value):
-        return {name: _decode(part) for name, part in value.items()}
+def fetch_image(image: Any) -> Any:
+    """
+    The same image; one that a streamed dataset names by an address or by its place in an archive as bytes.
+
+    Raises:
+        CocoaInputError: it cannot be fetched.
+    """
+    if not isinstance(image, Mapping) or image.get("bytes") is not None or image.get("path") is None:
+        return image
+    path = str(image["path"])
+    if is_local_path(path):
+        return image
     try:
-        return Image().decode_example(dict(value))
-    except Exception as error:  # decoders raise what they like
-        raise CocoaInputError(
-            f"its image cannot be read ({type(error).__name__}: {error}); repair or drop it."
-        ) from error
+        with xopen(path, "rb") as file:
+            return {"bytes": file.read(), "path": path}
+    except Exception as error:  # of whatever reads that kind of address
+        raise CocoaInputError(f"its image {path} cannot be fetched ({type(error).__name__}: {error}).") from error
 
 
 def text_parts(text: Any) -> list[Part]:

@@ -183,12 +183,13 @@ def build_app(
         rebuild_model = model
     rebuilder = None if rebuild_model is None else Rebuilder.from_pretrained(rebuild_model)
     encoder = CocoaTransformer(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    page = Page(SearchIndex(encoder, rows, read_prompts(model)), rebuilder)
+    index = SearchIndex(encoder, rows, read_prompts(model))
+    rows, page = index.rows, Page(index, rebuilder)
 
     with gr.Blocks(title="CoCoA", analytics_enabled=False, delete_cache=(HOUR, DAY)) as app:
         gr.Markdown(
             f"# CoCoA: words and pictures in one space\n`{label(str(model))}` turns words, pictures and both together "
-            f"into one vector each. Searched here: {rows.title}. Scores are cosines.",
+            f"into one vector each. Searched here: {rows.title}. {rows.left_out} Scores are cosines.",
             elem_id="title",
         )
         box = gr.MultimodalTextbox(

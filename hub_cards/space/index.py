@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +18,11 @@ from PIL.Image import Image as Picture
 from evaluation.demo import QUERIES
 from evaluation.emoji import load_emoji
 from evaluation.encoders import read_settings
+from modeling_cocoa.folders import describe_left_out, describe_unreadable, encode_readable
 from modeling_cocoa.inputs import load_image
 from modeling_cocoa.sentence_transformer import CocoaTransformer
+
+logger = logging.getLogger(__name__)
 
 # `datasets` would tell its makers of every folder that is read otherwise.
 config.HF_UPDATE_DOWNLOAD_COUNTS = False
@@ -47,6 +52,7 @@ class PictureSet:
         names (`list[str]`): Of the pictures.
         texts (`list[str]`): Distinct ones; none where the pictures have no texts.
         queries (`Sequence[str]`): Words to try.
+        left_out (`str`): What of the folder is not among them, in a sentence; empty where that is nothing.
     """
 
     title: str
@@ -54,6 +60,7 @@ class PictureSet:
     names: list[str]
     texts: list[str]
     queries: Sequence[str]
+    left_out: str = ""
 
     @classmethod
     def load(cls, folder: str | os.PathLike | None = None) -> PictureSet:
@@ -83,19 +90,46 @@ class PictureSet:
         captions = [None if caption is None else str(caption) for caption in captions]  # of a column of numbers, too
         files = [os.path.relpath(picture["path"], folder) for picture in pictures]
         texts = list(dict.fromkeys(caption for caption in captions if caption and caption.strip()))
+        used = {Path(picture["path"]).resolve() for picture in pictures}
+        others = (path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith("metadata."))
         return cls(
             f"{len(pictures):,} pictures of the folder `{Path(folder).resolve().name}`",
             pictures,
             [caption or file for caption, file in zip(captions, files, strict=True)],
             texts,
             texts[:: max(1, len(texts) // EXAMPLES)][:EXAMPLES],
+            describe_left_out(path for path in others if path.resolve() not in used),
         )
 
     def picture(self, place: int) -> Picture:
         """One of the pictures, no larger than the page shows it."""
-        picture = load_image(self.pictures[place]).convert("RGB")
+        picture = load_image(self.pictures[place]).copy()
         picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
         return picture
+
+    def without(self, unreadable: Mapping[int, str]) -> PictureSet:
+        """
+        The set without pictures that cannot be read, of which a warning is logged.
+
+        Args:
+            unreadable (`Mapping[int, str]`): Why, by place.
+
+        Raises:
+            ValueError: no picture is left.
+        """
+        if not unreadable:
+            return self
+        places = [place for place in range(len(self.pictures)) if place not in unreadable]
+        reasons = describe_unreadable(list(unreadable.values()))
+        if not places:
+            raise ValueError(f"No picture of {self.title} can be read. {reasons}")
+        logger.warning("%s", reasons)
+        return replace(
+            self,
+            pictures=[self.pictures[place] for place in places],
+            names=[self.names[place] for place in places],
+            left_out=f"{len(unreadable):,} cannot be read and are left out. {self.left_out}".strip(),
+        )
 
     def examples(self) -> list[int]:
         """Places of a few pictures to try, from all over the set."""
@@ -109,21 +143,32 @@ class SearchIndex:
 
     Args:
         model ([`CocoaTransformer`]).
-        rows ([`PictureSet`]): Embedded here, under a progress bar.
+        rows ([`PictureSet`]): Embedded here, under progress bars; pictures that cannot be read are left out, and a
+            warning counts and names them.
         prompts (`dict[str, str]`): Those of [`read_prompts`].
 
+    Attributes:
+        rows ([`PictureSet`]): Those that were embedded.
+
     Raises:
-        CocoaInputError: a picture of the set cannot be read; names it.
+        ValueError: none of the pictures can be read.
     """
 
     def __init__(self, model: CocoaTransformer, rows: PictureSet, prompts: dict[str, str]) -> None:
         self.model = model
-        self.rows = rows
         self.query_prompt = prompts.get("query")
         # As values of a dict: a bare text that is the path of a picture would be read as that picture.
         inputs = [{"image": picture} for picture in rows.pictures] + [{"text": text} for text in rows.texts]
-        vectors = model.encode(inputs, prompt=prompts.get("document"), show_progress_bar=True)
-        self.pictures, self.texts = np.split(vectors, [len(rows.pictures)])
+        encode = partial(model.encode, prompt=prompts.get("document"), show_progress_bar=True)
+        places: list[int] = []
+        unreadable: dict[int, str] = {}
+        parts = []
+        for positions, vectors, reasons in encode_readable(encode, inputs):
+            places += positions
+            parts.append(vectors)
+            unreadable |= reasons
+        self.rows = rows.without(unreadable)
+        self.pictures, self.texts = np.split(np.concatenate(parts), [len(self.rows.pictures)])
 
     def search(self, query: dict[str, Any]) -> tuple[list[Found], list[Found]]:
         """

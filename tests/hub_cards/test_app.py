@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import runpy
 import shutil
 import socket
@@ -89,10 +91,24 @@ def test_a_folder_that_holds_nothing_is_said(tmp_path):
         PictureSet.load(tmp_path)
 
 
-def test_a_picture_of_the_set_that_cannot_be_read_is_named(encoder, tmp_path):
-    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    with pytest.raises(CocoaInputError, match=r"Item 1: .*b\.png is corrupt"):
+def test_pictures_that_cannot_be_read_are_left_out_counted_and_named(encoder, tmp_path, caplog):
+    for number, name in enumerate(("a.png", "c.png", "e.png")):
+        Image.new("RGB", (64, 64), (80 * number, 0, 0)).save(tmp_path / name)
+    for name in ("b.png", "d.png"):
+        (tmp_path / name).write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    (tmp_path / "notes.txt").write_text("no picture")
+    with caplog.at_level(logging.WARNING):
+        index = SearchIndex(encoder, PictureSet.load(tmp_path), {})
+    assert index.rows.names == ["a.png", "c.png", "e.png"] and len(index.pictures) == 3
+    left_out = "2 cannot be read and are left out. Left out, since Pillow does not open them as images: 1 .txt."
+    assert index.rows.left_out == left_out
+    assert re.search(r"cannot be read: 2\. .*b\.png is corrupt.*d\.png is corrupt", caplog.text)
+    for place, name in enumerate(index.rows.names):
+        assert index.search({"image": Image.open(tmp_path / name)})[0][0][:2] == (place, name)
+    assert index.rows.picture(2).getpixel((0, 0)) == (160, 0, 0)
+    for name in ("a.png", "c.png", "e.png"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=r"No picture of .* can be read\. .*b\.png is corrupt"):
         SearchIndex(encoder, PictureSet.load(tmp_path), {})
 
 

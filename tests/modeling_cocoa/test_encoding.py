@@ -4,17 +4,24 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from datasets import Dataset
 from PIL import Image
 
 from modeling_cocoa import encoding
 from modeling_cocoa.inputs import CocoaInputError
+from modeling_cocoa.sentence_transformer import CocoaTransformer
 from tests.modeling_cocoa.conftest import make_image
+from tests.modeling_cocoa.test_saving import random_model
 from tests.modeling_cocoa.test_sentence_transformer import mixture, module_of
 
 
@@ -257,8 +264,131 @@ def test_a_gpu_with_too_little_memory_takes_smaller_batches(module, caplog):
     assert "memory does not suffice" in caplog.text
 
 
-def test_training_mode_comes_back(module):
+def modes(module):
+    return [part.training for part in module.modules()]
+
+
+@pytest.mark.parametrize("trained", ["all", "none", "some", "wrapper"])
+def test_encode_leaves_the_mode_of_every_module(module, trained):
+    """And its vectors are those of evaluation mode."""
+    module.eval()
+    expected = module.encode(["a cat", "a red apple"])
+    for layer in module.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    if trained == "all":
+        module.train()
+    elif trained == "some":
+        module.model.language_model.layers[0].train()
+    elif trained == "wrapper":
+        module.training = True
+    before = modes(module)
+    np.testing.assert_array_equal(module.encode(["a cat", "a red apple"]), expected)
+    assert modes(module) == before
+    with pytest.raises(CocoaInputError):
+        module.encode([" "])
+    assert modes(module) == before
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_encode_does_not_touch_a_forward_of_another_thread(module, is_training):
+    """Neither one in evaluation mode nor one in training mode, whose dropout stays; nor other calls of encode."""
+    for layer in module.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    module.eval()
+    texts = [f"a red apple {number}" for number in range(6)]
+    expected = module.encode(texts)
+    features = module.preprocess(texts)
+    module.model.train(is_training)
+
+    def look(number):
+        return all(part.training is is_training for part in module.model.modules())
+
+    def forward(number):
+        with torch.no_grad():
+            return module.forward(dict(features))["sentence_embedding"].numpy()
+
+    with ThreadPoolExecutor(8) as pool:
+        encoded = [pool.submit(module.encode, texts, batch_size=2) for _ in range(12)]
+        looked = [pool.submit(look, number) for number in range(50)]
+        forwarded = [pool.submit(forward, number) for number in range(12)]
+        for future in encoded:
+            np.testing.assert_allclose(future.result(), expected, atol=1e-5, rtol=0)
+        assert all(future.result() for future in looked)
+        off = [np.abs(future.result() - expected).max() for future in forwarded]
+    assert min(off) > 1e-3 if is_training else max(off) < 1e-5
+
+
+def test_a_model_that_accelerate_placed_is_embedded_without_dropout(module):
+    """Its modules' forwards are attributes that accelerate bound to them."""
+    expected = module.encode(["a cat"])
+    for layer in module.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.3
+        add_hook_to_module(layer, ModelHook())
+    add_hook_to_module(module.model, ModelHook())
     module.train()
-    first = module.encode(["a cat"])
-    assert module.training
-    assert np.array_equal(module.encode(["a cat"]), first)
+    np.testing.assert_allclose(module.encode(["a cat"]), expected, atol=1e-6, rtol=0)
+    assert all(modes(module))
+
+
+TEXTS = ["a cat", "a dog", "a cat", "a red apple"]
+ITERABLES = {
+    "tuple": tuple,
+    "generator": iter,
+    "map": lambda items: map(str, items),
+    "values of a dict": lambda items: dict(enumerate(items)).values(),
+    "deque": deque,
+    "Series": lambda items: pd.Series(items, index=[3, 1, 2, 0]),
+    "Series of categories": lambda items: pd.Series(items, dtype="category"),
+    "array of objects": lambda items: np.array(items, dtype=object),
+    "array of str": np.array,
+    "column of datasets": lambda items: Dataset.from_dict({"text": items})["text"],
+    "rows of datasets": lambda items: Dataset.from_dict({"text": items}),
+}
+
+
+@pytest.mark.parametrize("kind", ITERABLES)
+def test_inputs_may_be_anything_that_gives_them_one_by_one(module, kind, monkeypatch):
+    monkeypatch.setattr(encoding, "INPUTS_AT_ONCE", 2)
+    vectors = module.encode(ITERABLES[kind](TEXTS))
+    np.testing.assert_allclose(vectors, module.encode(TEXTS), atol=1e-6, rtol=0)
+    assert len(module.processor.encode(ITERABLES[kind](TEXTS))) == len(TEXTS)
+
+
+def test_a_generator_of_images_is_read_as_it_is_needed(module, monkeypatch):
+    monkeypatch.setattr(encoding, "INPUTS_AT_ONCE", 2)
+    images = [make_image(40, 40, seed=number) for number in range(7)]
+    np.testing.assert_allclose(module.encode(iter(images)), module.encode(images), atol=1e-6, rtol=0)
+    assert module.encode(iter([])).shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    "one",
+    ["a cat", b"", {"text": "a"}, np.zeros((8, 8)), np.zeros((2, 8, 8, 3)), torch.zeros(8, 8), pd.DataFrame(), 5],
+)
+def test_what_is_one_input_or_a_table_is_refused(module, one):
+    with pytest.raises(TypeError, match="inputs must be a list of inputs; got one"):
+        module.encode(one)
+
+
+def test_vectors_are_float32_whatever_the_default(module, image):
+    expected = module.encode(["a cat", image])
+    torch.set_default_dtype(torch.float64)
+    try:
+        vectors = module.encode(["a cat", image])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(vectors, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("with_pace", [False, True])
+def test_many_short_videos_in_a_batch(processor, with_pace):
+    """More of them than a row has tokens; with the processor of Qwen2-VL their pace is not known."""
+    module = module_of(processor, "qwen2_5_vl" if with_pace else "qwen2_vl")[0].eval()
+    if not with_pace:
+        module = CocoaTransformer(random_model(processor, "qwen2_5_vl"), processor).eval()
+    videos = [{"video": [make_image(16, 16, seed=2 * number + place) for place in range(2)]} for number in range(60)]
+    features = module.preprocess(videos[:1])
+    assert len(videos) > features["input_ids"].shape[1]
+    one_by_one = np.concatenate([module.encode([video]) for video in videos])
+    np.testing.assert_allclose(module.encode(videos), one_by_one, atol=1e-5, rtol=0)

@@ -125,15 +125,12 @@ def test_same_left_padding(stock_folder, processor):
     check(left, processor, ["a red apple", PICTURE])
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "turned.jpg", "clear.png", "palette.png"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "turned.jpg", "palette.png"])
 def test_same_pixels_of_files(stock, processor, tmp_path, name):
     if name == "turned.jpg":
         exif = PICTURE.getexif()
         exif[0x0112] = 6
         path = image_file(tmp_path, name, exif=exif)
-    elif name == "clear.png":
-        path = str(tmp_path / name)
-        alpha(PICTURE).save(path)
     elif name == "palette.png":
         path = str(tmp_path / name)
         PICTURE.convert("P").save(path)
