@@ -84,6 +84,27 @@ def attach_mask_token(backbone: PreTrainedModel, mask_token_id: int) -> None:
     backbone.config.cocoa = backbone.cocoa.to_dict()
 
 
+def attach_eos_token(backbone: PreTrainedModel, eos_token_id: int) -> None:
+    """
+    Have a backbone close inputs with the EOS of its processor. Until CoCoA has trained it, its own may be another: the
+    configurations of base checkpoints name the end of a text.
+
+    Raises:
+        ValueError: the checkpoint was pre-trained with another EOS.
+    """
+    cocoa = backbone.cocoa
+    if cocoa.eos_token_id == eos_token_id:
+        return
+    if cocoa.mask_token_id is not None:
+        raise ValueError(
+            f"The checkpoint was trained with EOS token {cocoa.eos_token_id}, the processor has {eos_token_id}: load "
+            "the processor from the checkpoint."
+        )
+    backbone.cocoa = replace(cocoa, eos_token_id=eos_token_id)
+    backbone.config.cocoa = backbone.cocoa.to_dict()
+    backbone.pooler.eos_token_id = eos_token_id
+
+
 class ImageDecoder(nn.Module):
     """
     From hidden states to the pixels of one language-model image token (a unit of 2x2 patches).

@@ -20,6 +20,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from hub_cards.card_data import CocoaModelCardData
+from modeling_cocoa.heads import attach_eos_token
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.saving import save_cocoa
@@ -110,6 +111,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             )
         if given:
             check_sizes(args, model[0].processor)
+        attach_eos_token(model[0].model, model[0].processor.eos_token_id)
         model[0].touch_all = args.world_size > 1
         if card_data is None and isinstance(model.model_card_data, CocoaModelCardData):
             card_data = model.model_card_data

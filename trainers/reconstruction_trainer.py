@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from hub_cards.card_data import CocoaModelCardData
 from modeling_cocoa.attention import TARGET
-from modeling_cocoa.heads import attach_mask_token
+from modeling_cocoa.heads import attach_eos_token, attach_mask_token
 from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
@@ -111,6 +111,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             raise ValueError("Give `processing_class` (a CocoaProcessor) together with a model that is in memory.")
         check_sizes(args, processing_class)
         self.record = RunRecord(model.model, train_dataset, card_data)
+        attach_eos_token(model.model, processing_class.eos_token_id)
         attach_mask_token(model.model, processing_class.mask_token_id)
         prepare_parts(model.model, args.freeze_parts, peft_config)
         if peft_config is not None and model.lm_head is not None:

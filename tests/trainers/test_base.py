@@ -5,18 +5,23 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from torch.distributed.fsdp import StateDictType
 from transformers import TrainingArguments
 
+from modeling_cocoa import CocoaTransformer
+from modeling_cocoa.saving import save_cocoa
+from tests.trainers.conftest import TEXT_CONFIG, VISION_CONFIG
 from trainers import (
     CocoaContrastiveConfig,
     CocoaContrastiveTrainer,
     CocoaReconstructionConfig,
     CocoaReconstructionTrainer,
 )
+from trainers.from_scratch import build_model
 
 
 @pytest.fixture
@@ -68,3 +73,32 @@ def test_the_longest_input_is_the_checkpoint_s_where_none_is_asked_for(tmp_path,
     processor.save_pretrained(tmp_path / "saved")
     args = CocoaReconstructionConfig(output_dir=str(tmp_path), use_cpu=True, max_length=asked)
     assert args.load_processor(tmp_path / "saved").max_length == expected
+
+
+@pytest.mark.parametrize("first", ["warmup", "bridge", "contrastive"])
+def test_the_eos_is_the_processor_s_from_the_first_stage_on(tmp_path, processor, emoji, first):
+    """A base checkpoint's configuration names <|endoftext|>, and inputs are closed with <|im_end|>."""
+    other = processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    model = build_model(processor, TEXT_CONFIG, VISION_CONFIG)
+    config = copy.deepcopy(model.config)
+    config.text_config.eos_token_id, config.cocoa = other, None
+    model = type(model)(config)
+    assert model.cocoa.eos_token_id == other != processor.eos_token_id
+    save_cocoa(model, processor, tmp_path / "start")
+    folder = tmp_path / "start"
+    pairs = emoji.select_columns(["text", "image"]).rename_columns({"text": "query", "image": "positive"})
+    options = {"use_cpu": True, "report_to": "none", "check_data": False, "max_steps": 1, "disable_tqdm": True}
+    for stage in [first] if first == "contrastive" else [first, "contrastive"]:
+        options.update(output_dir=str(tmp_path / stage), per_device_train_batch_size=4, save_strategy="no")
+        if stage == "contrastive":
+            trainer = CocoaContrastiveTrainer(str(folder), CocoaContrastiveConfig(**options), pairs)
+        else:
+            args = CocoaReconstructionConfig(stage=stage, **options)
+            trainer = CocoaReconstructionTrainer(str(folder), args, train_dataset=pairs)
+        trainer.train()
+        folder = tmp_path / stage / "final"
+        trainer.save_model(str(folder))
+    assert CocoaTransformer(str(folder)).encode(["a cat"]).shape == (1, TEXT_CONFIG["hidden_size"])
+    model.cocoa = replace(model.cocoa, mask_token_id=processor.mask_token_id)
+    with pytest.raises(ValueError, match=f"trained with EOS token {other}, the processor has"):
+        CocoaReconstructionTrainer(model, args if first != "contrastive" else None, processing_class=processor)
