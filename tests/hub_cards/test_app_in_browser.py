@@ -212,13 +212,16 @@ def test_a_picture_that_was_found_is_rebuilt_from_its_eos(browser, tmp_path):
     about = browser.first("#about-rebuilding").text
     assert "from that one token alone" in about and re.search(r"\d\d% are hidden", about)
     browser.first("#rebuild").click()
-    captions = browser.wait(
-        lambda: len(browser.captions("rebuilt-pictures")) == 5 and browser.captions("rebuilt-pictures")
-    )
-    assert captions[:2] == ["as it is", "what is hidden: all of it"]
-    assert captions[2:] == ["rebuilt from the words", "rebuilt from the picture", "rebuilt from both"]
-    rows = browser.wait(lambda: len(browser.rows("rebuilt-texts")) == 3 and browser.rows("rebuilt-texts"))
-    assert [row[0] for row in rows] == ["the picture", "the words", "both"]
+    sources = ["the picture", "the words"]
+    if "an image is hidden completely" in about:  # a model that rebuilds images too
+        sources.append("both")
+        captions = browser.wait(
+            lambda: len(browser.captions("rebuilt-pictures")) == 5 and browser.captions("rebuilt-pictures")
+        )
+        assert captions[:2] == ["as it is", "what is hidden: all of it"]
+        assert captions[2:] == ["rebuilt from the words", "rebuilt from the picture", "rebuilt from both"]
+    rows = browser.wait(lambda: len(browser.rows("rebuilt-texts")) == len(sources) and browser.rows("rebuilt-texts"))
+    assert [row[0] for row in rows] == sources
     assert all(row[1] == name and "_" in row[2] and "_" not in row[3] for row in rows)
     picture = tmp_path / "page.png" if SCREENSHOT is None else Path(SCREENSHOT)
     take_picture(browser, picture)
