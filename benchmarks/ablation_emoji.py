@@ -24,10 +24,6 @@ MEASURES: dict[str, Measure] = {
 """By name; the same in every arm, set beforehand."""
 
 
-def prepare(layers: int | None) -> None:
-    """Nothing: the set and the recipe are all that a run needs."""
-
-
 def rank_answers(model: Any, processor: Any, split: str = "test") -> dict[str, list[list[int]]]:
     """
     Ranks of the right answers, by measure: a list for each way of asking, of one rank an item.
@@ -78,3 +74,19 @@ def both_ways(names: np.ndarray, pictures: np.ndarray, asked: slice) -> list[lis
         target_ranks(queries[asked] @ candidates.T, targets).tolist()
         for queries, candidates in ((names, pictures), (pictures, names))
     ]
+
+
+class EmojiTask:
+    """Pictures and names of emoji, and a model from random weights."""
+
+    measures = MEASURES
+
+    def prepare(self) -> None:
+        """Nothing: the set and the recipe are all that a run needs."""
+
+    def judge(self, model: Any, processor: Any, split: str = "test") -> dict[str, Any]:
+        """`ranks` of the right answers; see [`rank_answers`]."""
+        return {"ranks": rank_answers(model, processor, split)}
+
+
+TASK = EmojiTask()

@@ -8,6 +8,7 @@ A Llama is a Qwen2 whose query, key and value biases are zero, so the copy compu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from modeling_cocoa import CocoaProcessor
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
+from modeling_cocoa.reconstruction import CocoaForReconstruction
+from trainers.collators import ReconstructionCollator, model_arguments
 from trainers.from_scratch import build_model
 from trainers.tiny_processor import SPECIAL_TOKENS, processor_around
 
+from .causal import make_causal
+
 PIXELS = 28 * 28
+MASKED = 0.2
+"""Share of a text that is masked where the start is checked, as in stage 1."""
 
 
 def load_smollm2() -> tuple[LlamaForCausalLM, Any]:
@@ -53,24 +60,28 @@ def as_processor(tokenizer: Any, max_length: int) -> CocoaProcessor:
     return processor_around(tokenizer, patch_size=14, min_pixels=PIXELS, max_pixels=PIXELS, max_length=max_length)
 
 
-def as_backbone(llama: LlamaForCausalLM, processor: CocoaProcessor, layers: int) -> CocoaModelMixin:
+def as_backbone(llama: LlamaForCausalLM, processor: CocoaProcessor) -> CocoaModelMixin:
     """
-    A CoCoA backbone whose text tower has the first layers of a Llama, its embeddings and its final norm.
+    A CoCoA backbone whose text tower has the layers of a Llama, its embeddings and its final norm.
 
     Tokens that the Llama does not have start as the mean of its embeddings. The vision tower is small and random.
 
     Args:
         llama ([`~transformers.LlamaForCausalLM`]): Whose text head is its embedding matrix.
         processor ([`CocoaProcessor`]): Whose tokenizer begins with the Llama's.
-        layers (`int`): How many.
+
+    Raises:
+        ValueError: the Llama has a text head of its own, or lacks a weight.
     """
     source = llama.config
+    if not source.tie_word_embeddings:
+        raise ValueError("The model's text head is not its embedding matrix, which CoCoA would take for it.")
     backbone = build_model(
         processor,
         text_config={
             "hidden_size": source.hidden_size,
             "intermediate_size": source.intermediate_size,
-            "num_hidden_layers": layers,
+            "num_hidden_layers": source.num_hidden_layers,
             "num_attention_heads": source.num_attention_heads,
             "num_key_value_heads": source.num_key_value_heads,
             "rms_norm_eps": source.rms_norm_eps,
@@ -88,3 +99,44 @@ def as_backbone(llama: LlamaForCausalLM, processor: CocoaProcessor, layers: int)
     copied["embed_tokens.weight"] = torch.cat([known, added])
     backbone.language_model.load_state_dict(copied)
     return backbone
+
+
+@torch.no_grad()
+def check_start(
+    llama: LlamaForCausalLM, backbone: CocoaModelMixin, processor: CocoaProcessor, texts: Sequence[str]
+) -> dict[str, float]:
+    """
+    Whether the copy is still the language model, and what turning its attention two-sided costs at first.
+
+    Args:
+        llama ([`~transformers.LlamaForCausalLM`]), backbone ([`CocoaModelMixin`]): The copy reads two-sided before
+            and after.
+        processor ([`CocoaProcessor`]).
+        texts (`Sequence[str]`): Some dozens.
+
+    Returns:
+        `dict[str, float]`: `difference`, the largest of the hidden states', both causal, against their largest value;
+        and the loss in nats of texts of which a fifth is masked, `masked_causal` and `masked_two_sided`.
+
+    Raises:
+        ValueError: the hidden states differ.
+    """
+    collator = ReconstructionCollator(processor, stage="warmup", text_mask_ratio=MASKED)
+    rows = [{"text": text, "index": row, "seed": (0, 0, row)} for row, text in enumerate(texts)]
+    batch = model_arguments(collator(rows))
+    model = CocoaForReconstruction(backbone).eval()
+    attention = backbone.language_model.config._attn_implementation
+    found = {"masked_two_sided": float(model(**batch).losses["text_source"])}
+    make_causal(backbone)
+    found["masked_causal"] = float(model(**batch).losses["text_source"])
+    differences, sizes = [], []
+    for text in texts[:8]:
+        ids = processor([text])["input_ids"]
+        expected = llama.model(ids).last_hidden_state
+        differences.append((backbone(input_ids=ids).last_hidden_state - expected).abs().max())
+        sizes.append(expected.abs().max())
+    backbone.set_attn_implementation({"text_config": attention})
+    found["difference"] = float(max(differences) / max(sizes))
+    if found["difference"] > 1e-4:
+        raise ValueError(f"The copy's hidden states are not the model's: they differ by {found['difference']:.1e}.")
+    return found

@@ -30,7 +30,7 @@ def made_up(share: float, seed: int) -> dict:
 def test_every_arm_starts_from_the_recipe_and_changes_what_it_says():
     settings = ablation.Settings.load(ablation.SETTINGS)
     recipe = settings.recipe
-    assert settings.reference in settings.arms and len(settings.arms) == 7
+    assert settings.reference in settings.arms and len(settings.arms) == 4
     for name, arm in settings.arms.items():
         made = ablation.arm_recipe(recipe, arm, 3, Path("runs"))
         assert list(made.stages) == arm.stages and made.seed == 3, name
@@ -39,6 +39,18 @@ def test_every_arm_starts_from_the_recipe_and_changes_what_it_says():
             assert changed == arm.options.get(stage, {}), name
     assert [source["where"] for source in made.data["sources"].values()] == [{"split": "train"}]
     assert "twemoji" not in json.dumps(recipe), "the unseen style"
+
+
+def test_a_settings_file_changes_its_base(tmp_path):
+    (tmp_path / "base.yaml").write_text("task: emoji\nrecipe: {model: {a: 1, b: [2]}, data: {}}\n")
+    (tmp_path / "few.yaml").write_text("base: base.yaml\nrecipe: {model: {b: [3], c: 4}}\n")
+    assert ablation.read_settings(tmp_path / "few.yaml") == {
+        "task": "emoji",
+        "recipe": {"model": {"a": 1, "b": [3], "c": 4}, "data": {}},
+    }
+    for path in ablation.SETTINGS.parent.glob("ablation*.yaml"):
+        settings = ablation.Settings.load(path)
+        assert settings.task in ablation.TASKS and settings.reference in settings.arms, path
 
 
 def test_the_causal_arm_sees_no_later_token():
@@ -74,9 +86,10 @@ def test_a_run_is_kept_and_its_checkpoints_are_not(tmp_path):
     for entry in settings["recipe"]["data"]["contrastive"].values():
         entry.update(variants=1, augment=False)
     path = tmp_path / "settings.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
     options = ["--settings", path, "--results", tmp_path / "results", "--work", tmp_path / "work"]
-    for arm in ("causal", "layerwise"):
+    settings["arms"]["causal"] = {"title": "causal", "stages": ["contrastive"], "causal": True}
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    for arm in ("causal", "bridge"):
         result = CliRunner().invoke(ablation.app, ["one", arm, "0", *map(str, options), "--split", "validation"])
         assert result.exit_code == 0, result.output
         run = json.loads((tmp_path / "results" / arm / "seed-0.json").read_text())
@@ -84,8 +97,8 @@ def test_a_run_is_kept_and_its_checkpoints_are_not(tmp_path):
         assert len(run["ranks"]["seen_style"][0]) == 750, "every other training concept"
         assert {len(ways) for ways in run["ranks"].values()} == {1, 2}
         assert len(run["ranks"]["held_out"][0]) == len(run["ranks"]["group"][1]) == 156
-        assert list(run["seconds"]) == list(run["stages"])
-    assert not list((tmp_path / "work").rglob("*.safetensors"))
+        assert list(run["seconds"]) == list(run["stages"]) == list(run["logs"])
+        assert not (tmp_path / "work" / arm / "seed-0").exists()
     wrong = CliRunner().invoke(ablation.app, ["one", "nothing", "0", *map(str, options)])
     assert wrong.exit_code != 0 and "causal" in wrong.output
 
