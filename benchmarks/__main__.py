@@ -29,6 +29,7 @@ from .evaluation import bench_evaluation
 from .gradcache import bench_gradcache
 from .growth import bench_growth
 from .models import device, save_118m
+from .photos import bench_photos
 from .precision import bench_precision
 from .train import bench_contrastive, bench_pretraining
 
@@ -46,6 +47,7 @@ def parts_of(folder: Path, items: int, rows: int, repeats: int) -> dict[str, tup
         "contrastive": ("118M parameters, contrastive step", lambda: bench_contrastive(folder, rows, repeats)),
         "gradcache": ("cocoa-tiny, memory of a contrastive step", lambda: alone(bench_gradcache, TINY)),
         "growth": ("118M parameters, growth", lambda: alone(bench_growth, folder, 2 * items, min(repeats, 3))),
+        "photos": ("cocoa-tiny, memory by number of photos", lambda: bench_photos(TINY)),
         "evaluation": (
             "118M parameters, evaluation",
             lambda: bench_evaluation(folder, items // 2, min(repeats, 3)),

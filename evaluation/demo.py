@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sentence_transformers import SentenceTransformer
 
+from modeling_cocoa.inputs import CocoaInputError, input_messages
+
 from .assets import asset_path
 from .emoji import STYLES, EmojiEmbeddings, compare_pixels, embed_emoji, load_emoji, score_emoji
 from .gallery import Hit, render_gallery
@@ -71,11 +73,16 @@ def run_demo(
 
     Raises:
         FileNotFoundError: the checkpoint or the emoji set is not there.
-        ValueError: a query is empty.
+        ValueError: a query is empty, or ends like an image or video file and is none.
     """
     console = console or Console()
     if empty := [position for position, query in enumerate(queries) if not query.strip()]:
         raise ValueError(f"Query {empty[0]} is empty; type what to search for.")
+    for position, query in enumerate(queries):
+        try:
+            input_messages(query)
+        except CocoaInputError as error:  # such as a mistyped path, which would be searched for as words
+            raise ValueError(f"Query {position}: {error.reason}") from error
     name = CHECKPOINT if model is None else str(model) if isinstance(model, (str, os.PathLike)) else "A model"
     if model is None or isinstance(model, (str, os.PathLike)):
         with console.status(f"Loading {name}"):

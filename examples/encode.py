@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from evaluation.assets import asset_path
 from modeling_cocoa import CocoaTransformer
+from modeling_cocoa.inputs import CocoaInputError, load_image
 
 
 def main() -> None:
@@ -27,17 +28,21 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="folder or Hub name of a CoCoA model, or 'tiny'")
     options = parser.parse_args()
     folder = str(asset_path("checkpoints/cocoa-tiny")) if options.model == "tiny" else options.model
-    text, picture = options.text, str(options.picture)
-    if not options.picture.is_file():
-        parser.error(f"there is no picture {picture}; check the path")
+    text = options.text
+    try:
+        picture = load_image(options.picture)
+    except CocoaInputError as error:
+        parser.error(error.reason)
 
     # 1. The model. A name on the Hub is downloaded, and a GPU is used where there is one.
     model = SentenceTransformer(folder)
 
     # 2. One line for each kind of input; each gives an array with a row, a vector of length 1, for each input. A
-    #    picture may be a path (a str), a PIL image or an array. Conversations need a call of their own here; the door
-    #    of step 6 takes all kinds at once.
-    by_text = model.encode([text])
+    #    picture may be a PIL image, an array or a path. Opened by `load_image` it is the same everywhere; of a path,
+    #    sentence-transformers drops the transparency. A text may be a bare str too, but one that is the path of a
+    #    picture is then read as the picture. Conversations need a call of their own here; step 6 takes all kinds at
+    #    once.
+    by_text = model.encode([{"text": text}])
     by_picture = model.encode([picture])
     by_both = model.encode([{"image": picture, "text": text}])
     content = [{"type": "image", "image": picture}, {"type": "text", "text": text}]
@@ -53,22 +58,23 @@ def main() -> None:
 
     # 4. An instruction. A model that was trained with instructions finds more with them. It becomes a system message
     #    in front of the input, and changes the vector.
-    told = model.encode([text], prompt="Find the picture that the text describes.")
+    told = model.encode([{"text": text}], prompt="Find the picture that the text describes.")
     print(f"text without and with an instruction: {model.similarity(by_text, told).item():.2f}")
 
     # 5. Queries and documents. A model keeps the instructions that it was trained with under the names "query" and
     #    "document", and these two calls put them in front. Use them for search. The tiny model has none.
-    query = model.encode_query([text])
+    query = model.encode_query([{"text": text}])
     document = model.encode_document([picture])
     print(f"query and document:        {model.similarity(query, document).item():.2f}")
 
     # 6. The same vectors through two other doors. `trust_remote_code=True` runs the Python code that lies in the
     #    model's folder: give it only for a folder that you trust. `CocoaTransformer(...).encode` needs this package,
     #    takes any mixture of inputs in one call, and is the fastest for many of them.
-    remote = SentenceTransformer(folder, trust_remote_code=True).encode([text])
+    remote = SentenceTransformer(folder, trust_remote_code=True).encode([{"text": text}])
     print(f"trust_remote_code:         differs by {np.abs(remote - by_text).max():.0e} at most")
     module = CocoaTransformer(folder).to(model.device)
-    mixed = module.encode([text, picture, {"image": picture, "text": text}, [{"role": "user", "content": content}]])
+    conversation = [{"role": "user", "content": content}]
+    mixed = module.encode([{"text": text}, picture, {"image": picture, "text": text}, conversation])
     stock = np.concatenate([by_text, by_picture, by_both, by_conversation])
     print(f"CocoaTransformer.encode:   differs by {np.abs(mixed - stock).max():.0e} at most")
 

@@ -25,6 +25,7 @@ from sentence_transformers import SentenceTransformer
 import evaluation
 from evaluation.assets import asset_path
 from evaluation.retrieval import bootstrap_interval
+from modeling_cocoa.inputs import load_image
 
 METRICS = Path(evaluation.__file__).parent / "metrics"
 K = 10
@@ -41,13 +42,14 @@ def main() -> None:
 
     # 1. The data. A text that several pictures share is one query, and each of these pictures is a right answer.
     rows = load_dataset("imagefolder", data_dir=str(options.folder), split="train")
-    paths = [value["path"] for value in rows.cast_column("image", Image(decode=False))["image"]]
-    files = [os.path.relpath(path, options.folder) for path in paths]
-    pictures = list(rows["image"])
+    cells = rows.cast_column("image", Image(decode=False))["image"]
+    files = [os.path.relpath(cell["path"], options.folder) for cell in cells]
+    pictures = [load_image(cell) for cell in cells]  # transparency on white, 16 bits scaled down
     texts = list(dict.fromkeys(rows["text"]))
     text_of = dict(zip(files, rows["text"], strict=True))
     files_of = {text: [file for file in files if text_of[file] == text] for text in texts}
-    by_text, by_file = dict(zip(texts, texts, strict=True)), dict(zip(files, pictures, strict=True))
+    by_text = {text: {"text": text} for text in texts}  # a bare text that is the path of a picture would be opened
+    by_file = dict(zip(files, pictures, strict=True))
     directions = {
         "text → picture": (by_text, by_file, files_of),
         "picture → text": (by_file, by_text, {file: [text] for file, text in text_of.items()}),

@@ -21,11 +21,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
+from datasets import Image, load_dataset
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
 from evaluation.assets import asset_path
+from modeling_cocoa.inputs import load_image
 from trainers import CocoaContrastiveConfig, CocoaContrastiveTrainer
 
 
@@ -97,8 +98,9 @@ def main() -> None:
     # 5. Search. This part is all that an application needs: a vector for each picture, once, and one for each
     #    question.
     model = SentenceTransformer(str(options.output / "final"))
-    pictures = model.encode(list(rows["positive"]))
-    scores = model.similarity(model.encode([options.query]), pictures)[0]
+    cells = rows.cast_column("positive", Image(decode=False))["positive"]
+    pictures = model.encode([load_image(cell) for cell in cells])
+    scores = model.similarity(model.encode([{"text": options.query}]), pictures)[0]
     print(f"For {options.query!r}:")
     for score, place in zip(*(value.tolist() for value in scores.topk(min(3, len(rows)))), strict=True):
         print(f"  {score:.2f}  {rows[place]['query']}")

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import faiss
 import numpy as np
-from datasets import load_dataset
+from datasets import Image, load_dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings, truncate_embeddings
 
 from evaluation.assets import asset_path
+from modeling_cocoa.inputs import load_image
 
 
 def best(scores: np.ndarray, k: int) -> np.ndarray:
@@ -43,8 +44,10 @@ def main() -> None:
     model = SentenceTransformer(
         str(asset_path("checkpoints/cocoa-tiny")) if options.model == "tiny" else options.model
     )
-    texts, pictures = list(rows["text"]), list(rows["image"])
-    queries, documents = model.encode_query(texts), model.encode_document(pictures)
+    #    As a dict, a text that is the path of a picture stays a text.
+    texts = list(rows["text"])
+    pictures = [load_image(cell) for cell in rows.cast_column("image", Image(decode=False))["image"]]
+    queries, documents = model.encode_query([{"text": text} for text in texts]), model.encode_document(pictures)
     dim = documents.shape[1]
     found = {f"{dim} float32": (4 * dim, best(queries @ documents.T, k))}
 

@@ -144,6 +144,8 @@ def test_what_cannot_be_run_says_so_first(tmp_path, stub):
         load_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere holds no"):
         run_demo(tmp_path / "nowhere", tmp_path)
+    with pytest.raises(ValueError, match="Query 1: there is no image file cat.png"):
+        run_demo(stub, tmp_path, queries=["cat", "cat.png"])
     with pytest.raises(ValueError, match="Query 1 is empty"):
         run_demo(stub, tmp_path, queries=["red heart", "  "])
     assert not stub.encoded["document"]

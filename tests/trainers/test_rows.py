@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import zipfile
+
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from PIL import Image
 
+from modeling_cocoa import CocoaTransformer
 from modeling_cocoa.inputs import CocoaInputError
 from trainers.batching import count_row_tokens
 from trainers.collators import ReconstructionCollator
+from trainers.contrastive_rows import ContrastiveCollator
 from trainers.datasets import ReconstructionDataset
-from trainers.rows import parts_of
+from trainers.rows import open_images, parts_of
 
 
 def kinds(parts):
@@ -125,3 +130,60 @@ def test_an_interleaved_document_keeps_its_order(processor, emoji):
     target = torch.where(labels != -100, labels, bridge.target.input_ids)
     assert processor.tokenizer.decode(target) == "before\nbetween"
     assert len(bridge.source.image_grid_thw) == 2 and bridge.target.image_grid_thw is None
+
+
+MISSING = ["nope.png", "~/nope.png", "file:///nope.jpg", "nope.mp4"]
+
+
+@pytest.mark.parametrize("missing", MISSING)
+@pytest.mark.parametrize("side", ["query", "positive"])
+def test_a_str_that_ends_like_a_file_and_is_none_is_a_bad_row(processor, model, missing, side):
+    """In both kinds of training; as the text of a dict it is a text."""
+    row = {"query": "a cat", "positive": "a dog", side: missing}
+    contrastive = ContrastiveCollator(CocoaTransformer(model, processor).preprocess)
+    with pytest.raises(
+        ValueError, match=f"A row of this batch cannot be read: there is no .*{missing}.*meant as text"
+    ):
+        contrastive([row])
+    assert contrastive.check([{**row, side: {"text": missing}}])
+    for stage in ("warmup", "bridge"):
+        collator = ReconstructionCollator(processor, stage=stage)
+        with pytest.raises(CocoaInputError, match=f"there is no .*{missing}.*meant as text"):
+            collator.check({**row, "index": 0, "seed": 0})
+        collator.check({**row, side: {"text": missing}, "index": 0, "seed": 0})
+        collator.check({"text": missing, "index": 0, "seed": 0})
+
+
+@pytest.mark.parametrize("form", ["bytes", "path", "PIL"])
+@pytest.mark.parametrize("size", [None, (16, 24)])
+def test_every_collator_sees_a_transparent_picture_on_white(processor, model, tmp_path, form, size):
+    """One whose colours lie hidden under full transparency: black from files, if they were not put on white."""
+    clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    cell = {
+        "bytes": {"bytes": (tmp_path / "clear.png").read_bytes(), "path": None},
+        "path": {"bytes": None, "path": str(tmp_path / "clear.png")},
+        "PIL": clear,
+    }[form]
+    (expected,) = processor.encode([Image.new("RGB", size or (32, 32), "white")])
+    preprocess = CocoaTransformer(model, processor).preprocess
+    batch = ContrastiveCollator(preprocess, image_size=size)([{"query": "a cat", "positive": cell}])
+    assert torch.equal(batch["positive_pixel_values"], expected["pixel_values"])
+    for row in ({"image": cell}, {"query": cell, "positive": "a cat"}):
+        example = ReconstructionCollator(processor, stage="warmup", image_size=size).example(
+            {**row, "index": 0, "seed": 0}
+        )
+        labels = example.source.pixel_labels  # the pixels that were masked
+        assert len(labels) and torch.equal(labels, expected["pixel_values"][:1].expand_as(labels))
+
+
+def test_an_image_that_lies_elsewhere_is_fetched(tmp_path):
+    """As a streamed dataset names it: inside an archive, here."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        archive.write(tmp_path / "red.png", "red.png")
+    cell = {"bytes": None, "path": f"zip://red.png::{tmp_path / 'pictures.zip'}"}
+    (message,) = open_images({"image": cell, "text": "a"})
+    assert message["content"][0]["image"]["bytes"] == (tmp_path / "red.png").read_bytes()
+    with pytest.raises(CocoaInputError, match="its image zip://no.png::.* cannot be fetched"):
+        open_images({"bytes": None, "path": f"zip://no.png::{tmp_path / 'pictures.zip'}"})
