@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,6 +15,8 @@ from PIL import Image
 from modeling_cocoa import CocoaTransformer
 from trainers.collators import ReconstructionCollator
 from trainers.contrastive_rows import ContrastiveCollator
+
+from .measure import high_water_mark
 
 PHOTOS = (60, 240)
 SIDES = (3000, 2000)
@@ -75,4 +76,4 @@ def peak_memory(model: Path, folder: Path, count: int, way: str) -> float:
     else:
         collator = ReconstructionCollator(module.processor, stage="warmup")
         collator([{"image": cell, "index": number, "seed": number} for number, cell in enumerate(cells)])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return high_water_mark() / 2**20  # `ru_maxrss` would be no less than that of the process that started this one

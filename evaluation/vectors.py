@@ -18,7 +18,7 @@ import torch
 from safetensors.numpy import load, save
 from tqdm.auto import tqdm
 
-from modeling_cocoa.inputs import CocoaInputError
+from modeling_cocoa.inputs import IMAGE_READING, CocoaInputError
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def fingerprint(model: torch.nn.Module, weights: str | None = None) -> str:
     summary = hashlib.sha256((weights or weights_digest(model)).encode())
     for name, part in model.named_modules(remove_duplicate=False):
         summary.update(repr([name, *_reading_of(part)]).encode())
-    summary.update(repr([_version(name) for name in LIBRARIES]).encode())
+    summary.update(repr([IMAGE_READING, *(_version(name) for name in LIBRARIES)]).encode())
     return summary.hexdigest()
 
 

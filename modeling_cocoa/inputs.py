@@ -27,6 +27,8 @@ MEDIA_SOURCES = ("path", "url")
 
 EMPTY_TEXT = "the text is empty; drop it, or leave the key out."
 
+IMAGE_READING = 2
+"""Raised whenever [`load_image`] makes other pixels of an image than before: vectors that were kept are then old."""
 CHANNELS = (1, 2, 3, 4)
 """Of an image given as an array: grey, grey and alpha, RGB, RGBA."""
 MIN_IMAGE_SIDE = 4

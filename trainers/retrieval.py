@@ -32,7 +32,7 @@ def retrieval_evaluator(
 
     Args:
         datasets ([`~datasets.Dataset`] or a dict of them): With `query` and `positive`. Their images are held in
-            memory.
+            memory as they are stored, not decoded.
         prompts (*optional*): One for all; or by column, by dataset, or by dataset and column.
         batch_size (`int`, defaults to 32): Of encoding.
         image_size (`tuple[int, int]`, *optional*): Width and height that images are stretched to.

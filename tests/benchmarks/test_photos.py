@@ -11,7 +11,7 @@ from benchmarks.__main__ import TINY
 from benchmarks.photos import PHOTOS, SIDES, WAYS, bench_photos
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB, and freed memory is given back, on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("photos", "sides", "ways"),
     [((8, 32), (2400, 1800), WAYS[:2]), pytest.param(PHOTOS, SIDES, WAYS, marks=pytest.mark.slow)],

@@ -29,6 +29,7 @@ from evaluation.mmeb_data import Item
 from evaluation.mmeb_report import THUMBNAIL, render_image
 from modeling_cocoa import inputs
 from modeling_cocoa.inputs import CocoaInputError
+from modeling_cocoa.sentence_transformer import CocoaTransformer
 from tests.evaluation.conftest import ROWS, TASKS, TINY
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -133,8 +134,14 @@ def test_a_picture_of_any_kind_is_the_same_for_every_model(tmp_path):
     shown.convert("LA").save(tmp_path / "alpha.png")
     shown.convert("CMYK").save(tmp_path / "print.jpg")
     items = [image(path, "\nhi\n") for path in sorted(tmp_path.iterdir())]
+    hidden = np.dstack([np.zeros_like(pixels), np.where(pixels[..., 0] > 0, 255, 0).astype(np.uint8)])
+    Image.fromarray(hidden).save(tmp_path / "hidden.png")  # black all over, of which transparency shows a half
+    items.append(image(tmp_path / "hidden.png", "\nhi\n"))
     ours, stock = (Encoder(str(asset_path(TINY)), is_cocoa=is_cocoa)(items) for is_cocoa in (True, False))
     np.testing.assert_allclose(ours, stock, atol=1e-5)
+    content = [[{"type": "image", "path": item.image}, {"type": "text", "text": "\nhi\n"}] for item in items]
+    encoded = CocoaTransformer(asset_path(TINY)).encode([{"role": "user", "content": parts} for parts in content])
+    np.testing.assert_allclose(ours, encoded, atol=1e-5, err_msg="as encode reads the files")
 
 
 def test_a_page_shows_pictures_of_any_shape(tmp_path):
