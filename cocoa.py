@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -38,6 +39,9 @@ def main(
     ] = False,
 ) -> None:
     """CoCoA: one-vector embeddings of text, images and video from Qwen2-VL and Qwen2.5-VL."""
+    # Threads that wait for work do not spin, which on cores that others use too takes many times as long. It is read
+    # when torch is imported, which commands do later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @contextmanager
@@ -48,6 +52,21 @@ def said_in_red(command: str) -> Iterator[None]:
     except (OSError, ValueError, ModuleNotFoundError) as error:  # the last of an extra that is not installed
         typer.secho(f"{command}: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
+
+
+def require_checkpoints(*names: str | os.PathLike | None, has_owner: bool = True) -> None:
+    """
+    Raise `FileNotFoundError` where a checkpoint's folder is not there, before anything else is loaded or asked for.
+
+    Args:
+        names (`str` or `os.PathLike`, *optional*): Folders, or names on the Hub.
+        has_owner (`bool`, defaults to `True`): As in [`~checkpoint_files.check_is_there`].
+    """
+    from modeling_cocoa.checkpoint_files import check_is_there
+
+    for name in names:
+        if name is not None:
+            check_is_there(os.fspath(name), has_owner=has_owner)
 
 
 @app.command()
@@ -140,6 +159,7 @@ def mine(
     from trainers.recipe_data import contrastive_data
 
     with said_in_red("cocoa mine-negatives"):
+        require_checkpoints(model)
         settings = Recipe.load(find_recipe(recipe))
         pairs = contrastive_data(settings.data, find_file, settings.seed)
         args = stage_arguments(settings, "contrastive")
@@ -226,6 +246,8 @@ def evaluate_on_mmeb(
     from evaluation.run_mmeb import run_mmeb
 
     with said_in_red("cocoa eval mmeb"):
+        require_checkpoints(*(model or []))
+        require_checkpoints(*(baseline or []), has_owner=False)
         run_mmeb(
             model or [],
             baseline or [],
@@ -268,6 +290,8 @@ def evaluate_on_emoji(
     from evaluation.run_mmeb import run_mmeb
 
     with said_in_red("cocoa eval emoji"):
+        require_checkpoints(*(model or []))
+        require_checkpoints(*(baseline or []), has_owner=False)
         chosen = find_tasks(tasks, EMOJI_TASKS)
         with PartialState().main_process_first():  # one of several processes writes
             folder = write_emoji_tasks(output_dir / "data", queries)
@@ -302,6 +326,8 @@ def card(
     from hub_cards.results import add_result
 
     with said_in_red("cocoa card"):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}.")
         for file in scores or []:
             add_result(folder, file)
         typer.echo(f"The card is {write_card(folder)}")
@@ -356,6 +382,7 @@ def run_app(
     Needs the extra "app" (gradio).
     """
     with said_in_red("cocoa app"):
+        require_checkpoints(model, rebuild_model)
         from hub_cards.space.app import serve
 
         serve(model, rebuild_model=rebuild_model, pictures=pictures, port=port)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -70,3 +71,49 @@ def test_a_space_is_listed_and_not_uploaded(invoke):
     )
     result = invoke("push-space", "org/space", "--model", "checkpoints", "--dry-run")
     assert result.exit_code == 1 and "push it, and give its Hub name" in result.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("app", "--model"),
+        ("app", "--rebuild-model"),
+        ("eval", "emoji", "--model"),
+        ("eval", "mmeb", "--data", "x", "--images", ".", "--model"),
+        ("eval", "emoji", "--baseline"),
+        ("mine-negatives",),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("name", ["nofolder", "./nofolder", "checkpoints/nofolder", "no/such/folder"])
+def test_a_folder_that_is_not_there_is_one_line_at_once(invoke, monkeypatch, command, name):
+    """Without asking the Hub."""
+    if command[-1] == "--baseline" and name == "nofolder":
+        pytest.skip("other models have names without an owner")
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **kwargs: pytest.fail("asked the Hub"))
+    rest = ("tiny", "out") if command == ("mine-negatives",) else ()
+    result = invoke(*command, name, *rest)
+    (line,) = [line for line in result.output.splitlines() if line]
+    assert result.exit_code == 1 and f"There is no checkpoint folder {name}" in line
+
+
+def test_a_card_of_no_folder_is_one_line(invoke):
+    result = invoke("card", "nofolder")
+    assert result.exit_code == 1 and result.output.strip() == "cocoa card: There is no folder nofolder."
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_commands_have_threads_wait_without_spinning_unless_told_otherwise(given):
+    """Before torch is imported; importing the package changes nothing."""
+    code = (
+        "import os, sys, cocoa, modeling_cocoa.checkpoint_files; print(os.environ.get('OMP_WAIT_POLICY'))\n"
+        "@cocoa.app.command()\ndef look(): print(os.environ['OMP_WAIT_POLICY'])\n"
+        "cocoa.app(['look'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if given:
+        environment["OMP_WAIT_POLICY"] = given
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(given), given or "PASSIVE"]
+    code = "import sys, cocoa; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

@@ -22,6 +22,8 @@ from modeling_cocoa.files import written_whole
 
 ADAPTER_FILE = "adapter_state.safetensors"
 """File of a checkpoint that holds the adapters of the run; the weights beside it have them folded in."""
+NEED_THEIR_TRAINER = ("ADALORA", "POLY", "XLORA")
+"""Kinds of adapters that a training loop has to call, or give more than inputs."""
 PARTS = ("vision_tower", "merger", "language_model")
 """Parts of a backbone: what reads patches, what makes tokens of four of them, and the rest with its embeddings."""
 
@@ -43,28 +45,70 @@ def prepare_parts(backbone: nn.Module, freeze_parts: Sequence[str], peft_config:
         peft_config ([`~peft.PeftConfig`], *optional*): The adapters; by names of modules as in peft.
 
     Raises:
-        ValueError: nothing is left to train; or no module that may train has a name that
-            `peft_config.target_modules` asks for (said by peft, with the names).
+        ValueError: nothing is left to train; no module that may train has a name that `peft_config.target_modules`
+            asks for (said by peft, with the names); adapters are of a kind that cannot be put into a backbone or
+            folded into its weights; the backbone has adapters already, and others are asked for, or those do not
+            train.
     """
     keep_quantized_weights(backbone)
+    given = getattr(backbone, "peft_config", {}) if has_adapter(backbone) else {}
+    if given and (peft_config is not None or len(given) > 1):
+        raise ValueError(
+            f"The backbone has the adapters {sorted(given)} already: fold them into its weights first, with "
+            "trainers.adapters.merged(backbone)."
+        )
+    for config in given.values():
+        check_mergeable(config)
     if peft_config is not None:
         check_mergeable(peft_config)
         frozen = [name for name, _ in backbone.named_modules() if name and part_of(name) in freeze_parts]
         if frozen:
-            given = peft_config.exclude_modules or []
-            if isinstance(given, str):
-                given = [name for name, _ in backbone.named_modules() if re.fullmatch(given, name)]
+            excluded = peft_config.exclude_modules or []
+            if isinstance(excluded, str):
+                excluded = [name for name, _ in backbone.named_modules() if re.fullmatch(excluded, name)]
             peft_config = copy.copy(peft_config)
-            peft_config.exclude_modules = [*given, *frozen]
+            peft_config.exclude_modules = [*excluded, *frozen]
+        check_kind(backbone, peft_config)
         inject_adapter_in_model(peft_config, backbone)
+    is_adapted = has_adapter(backbone)
     for name, parameter in backbone.named_parameters():
-        if part_of(name) in freeze_parts or (peft_config is not None and "lora_" not in name):
+        if part_of(name) in freeze_parts or ".base_layer." in name:
             parameter.requires_grad_(False)
-        elif peft_config is not None:
+        elif is_adapted and parameter.requires_grad:
             # As in peft's own models: steps are too small for half precision, whatever the base is in.
             parameter.data = parameter.data.float()
     if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        if given:
+            raise ValueError(
+                "The adapters of the backbone do not train: load them with load_adapter(..., is_trainable=True), or "
+                "fold them into its weights, with trainers.adapters.merged(backbone)."
+            )
         raise ValueError(f"Nothing of the backbone is left to train with freeze_parts={list(freeze_parts)}.")
+
+
+def check_kind(backbone: Any, peft_config: PeftConfig) -> None:
+    """
+    Raise `ValueError` where adapters are of a kind that cannot be put into a backbone alone, or cannot be folded into
+    its weights; seen on a copy without weights, before anything is trained.
+    """
+    kind = getattr(peft_config.peft_type, "value", peft_config.peft_type)
+    whole = without_weights(backbone)
+    adapters = (module for module in whole.modules() if isinstance(module, BaseTunerLayer))
+    try:
+        if kind in NEED_THEIR_TRAINER:
+            raise ValueError("it needs to be called between steps")
+        inject_adapter_in_model(copy.deepcopy(peft_config), whole)
+        if any(not getattr(type(module), "supports_merging", True) for module in adapters):
+            raise ValueError("it cannot be merged")
+    except (ValueError, NotImplementedError, AttributeError, TypeError) as error:
+        if "arget module" in str(error):  # which there are, or what kind of module: said by peft, with the names
+            raise ValueError(str(error)) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"peft_config is of the kind {kind}, which these trainers cannot train and fold into the weights that are "
+            f"saved ({reason}). Use LoRA, DoRA, or another kind that is merged into the layers, such as LoHa, LoKr, "
+            "IA3, OFT or MiSS."
+        ) from error
 
 
 def check_mergeable(peft_config: PeftConfig) -> None:
@@ -86,8 +130,9 @@ def check_mergeable(peft_config: PeftConfig) -> None:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether the model holds adapters."""
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    """Whether the model holds adapters; not layers alone that held some."""
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return any(getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names)
 
 
 def adapter_state_dict(backbone: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -118,13 +163,30 @@ def load_checkpoint(backbone: Any, folder: str | os.PathLike) -> None:
     Raises:
         ValueError: the checkpoint's adapters are not those of the backbone.
     """
+    file = Path(folder) / ADAPTER_FILE
+    if has_adapter(backbone) != file.is_file():
+        there, here = ("has", "has none") if file.is_file() else ("has no", "has some")
+        raise ValueError(
+            f"The checkpoint {folder} {there} adapters, and this run {here}: give the peft_config of then."
+        )
     if not has_adapter(backbone):
         load_weights(backbone, load_backbone(folder, dtype=backbone.dtype).state_dict(), strict=True)
         return
-    state = load_file(Path(folder) / ADAPTER_FILE)
-    if set(state) != {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}:
-        raise ValueError(f"The adapters in {folder} are not those of this run's peft_config.")
+    state = load_file(file)
+    found = {name: value.shape for name, value in state.items()}
+    own = {name: whole_shape(value) for name, value in backbone.named_parameters() if value.requires_grad}
+    if found != own:
+        names = sorted(name for name in {*found, *own} if found.get(name) != own.get(name))
+        raise ValueError(
+            f"The adapters in {folder} are not those of this run's peft_config; they differ in {names[:3]}"
+            f"{' and others' if len(names) > 3 else ''}."
+        )
     load_weights(backbone, state, strict=False)
+
+
+def whole_shape(weight: Tensor) -> torch.Size:
+    """The shape of a weight, also where DeepSpeed has shared it out."""
+    return torch.Size(getattr(weight, "ds_shape", weight.shape))
 
 
 def below(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -165,11 +227,7 @@ def merged(backbone: Any, state_dict: Mapping[str, Tensor] | None = None) -> Any
         if not has_adapter(backbone):
             return backbone
         state_dict = unquantized(backbone)
-    config = copy.deepcopy(backbone.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        whole = BACKBONES[config.model_type](config)
+    whole = without_weights(backbone)
     whole.pooler = backbone.pooler
     if has_adapter(backbone):
         for name, peft_config in backbone.peft_config.items():
@@ -186,8 +244,17 @@ def merged(backbone: Any, state_dict: Mapping[str, Tensor] | None = None) -> Any
             base.weight = nn.Parameter(base.weight.clone(), requires_grad=False)  # merging writes into it
             module.merge()
             parent_name, _, child = name.rpartition(".")
-            setattr(whole.get_submodule(parent_name), child, base)
+            setattr(whole.get_submodule(parent_name), child, module.get_base_layer())  # some put another in its place
     return whole
+
+
+def without_weights(backbone: Any) -> Any:
+    """A backbone of the same configuration, not quantized, whose weights have shapes only."""
+    config = copy.deepcopy(backbone.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return BACKBONES[config.model_type](config)
 
 
 def unquantized(backbone: nn.Module) -> dict[str, Tensor]:

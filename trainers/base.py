@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.distributed.fsdp import StateDictType
 from transformers import ProgressCallback, TrainerState, TrainingArguments
@@ -126,7 +128,7 @@ class SharedOptions:
         Raises:
             FileNotFoundError: the name is the path of a folder that is not there.
         """
-        check_is_there(os.fspath(name))
+        check_is_there(os.fspath(name), has_owner=True)
         sizes = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels, "max_length": self.max_length}
         processor = CocoaProcessor.from_pretrained(name, **sizes, **kwargs)
         if self.max_length is None:
@@ -140,6 +142,16 @@ def check_devices(args: TrainingArguments) -> None:
         raise ValueError(
             f"{args.n_gpu} GPUs are in sight of one process: start one for each with `accelerate launch`, or show it "
             "a single one with CUDA_VISIBLE_DEVICES=0."
+        )
+
+
+def check_not_peft(model: Any) -> None:
+    """Raise `ValueError` where a model is wrapped by peft: trainers put adapters into a backbone themselves."""
+    inner = model[0].model if isinstance(model, SentenceTransformer) and hasattr(model[0], "model") else model
+    if isinstance(inner, PeftModel):
+        raise ValueError(
+            "The model is a PeftModel: give model.merge_and_unload(), to go on from its weights, and adapters to "
+            "train as peft_config; or its base, with base.load_adapter(folder, is_trainable=True)."
         )
 
 

@@ -64,3 +64,22 @@ def content_keys(dataset: Dataset) -> Dataset:
 def row_keys(row: Mapping[str, Any]) -> dict[str, str]:
     """The keys of a row, under names of their own: a column of images has no place for them."""
     return {f"{name}_key": content_key(cell) for name, cell in row.items()}
+
+
+def digest(cell: Any) -> str:
+    """A name for what a cell holds: the same for the same text, and for the same bytes or file of an image."""
+    return hashlib.sha256(repr(dated(cell)).encode()).hexdigest()
+
+
+def dated(cell: Any) -> Any:
+    """A cell in which images that are files have the size and time of their file beside them."""
+    if isinstance(cell, list):
+        return [dated(part) for part in cell]
+    if not isinstance(cell, Mapping):
+        return cell
+    if set(cell) == {"bytes", "path"} and cell["bytes"] is not None:
+        return cell["bytes"]
+    if set(cell) == {"bytes", "path"} and os.path.isfile(cell["path"]):
+        status = os.stat(cell["path"])
+        return cell["path"], status.st_size, status.st_mtime_ns
+    return {name: dated(part) for name, part in cell.items()}

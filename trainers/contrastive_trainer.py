@@ -20,6 +20,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from hub_cards.card_data import CocoaModelCardData
+from modeling_cocoa.auto import check_backbone
 from modeling_cocoa.heads import attach_eos_token
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
@@ -27,7 +28,7 @@ from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 from .adapters import below, load_checkpoint, merged, prepare_parts, save_adapter
-from .base import CocoaTrainerMixin, check_devices, check_sizes, whole_weights
+from .base import CocoaTrainerMixin, check_devices, check_not_peft, check_sizes, whole_weights
 from .content import content_keys
 from .contrastive_config import CocoaContrastiveConfig
 from .contrastive_losses import LearnedTemperatureLoss, contrastive_loss
@@ -89,6 +90,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
     ) -> None:
         args = args if args is not None else CocoaContrastiveConfig(output_dir="cocoa-contrastive")
         check_devices(args)
+        check_not_peft(model)
         # Before adapters are drawn, so that the same seed is the same run.
         set_seed(args.seed)
         self._evaluates = False
@@ -100,6 +102,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
             model = SentenceTransformer(modules=[CocoaTransformer(model, processing_class)])
         elif not isinstance(model, SentenceTransformer):
             # In float32 whatever the checkpoint holds: small steps are lost in bfloat16 weights.
+            check_backbone(model)
             with whole_weights(args):
                 processor = processing_class if processing_class is not None else args.load_processor(model)
                 module = CocoaTransformer(model, processor, model_kwargs={"dtype": torch.float32})

@@ -22,7 +22,7 @@ from evaluation.vectors import VectorStore, embed_missing, fingerprint
 from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
-from .retrieval import digest
+from .content import digest
 from .rows import open_images, undecoded
 
 

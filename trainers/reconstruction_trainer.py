@@ -14,6 +14,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -34,8 +35,8 @@ from modeling_cocoa.reconstruction import (
 )
 from modeling_cocoa.saving import save_cocoa
 
-from .adapters import below, load_checkpoint, load_weights, merged, prepare_parts, save_adapter
-from .base import CocoaTrainerMixin, check_devices, check_sizes, whole_weights
+from .adapters import below, has_adapter, load_checkpoint, load_weights, merged, prepare_parts, save_adapter
+from .base import CocoaTrainerMixin, check_devices, check_not_peft, check_sizes, whole_weights
 from .batching import TokenBatchSampler, count_row_tokens
 from .collators import Example, ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
 from .datasets import EpochSampler, ReconstructionDataset, drop_pairs_without_text
@@ -95,6 +96,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
     ) -> None:
         args = args if args is not None else CocoaReconstructionConfig(output_dir="cocoa-reconstruction")
         check_devices(args)
+        check_not_peft(model)
         # Before the heads are drawn, so that the same seed is the same run.
         set_seed(args.seed)
         if isinstance(model, (str, os.PathLike)):
@@ -114,6 +116,11 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         attach_eos_token(model.model, processing_class.eos_token_id)
         attach_mask_token(model.model, processing_class.mask_token_id)
         prepare_parts(model.model, args.freeze_parts, peft_config)
+        if model.lm_head is None and isinstance(model.model.get_input_embeddings(), BaseTunerLayer):
+            raise ValueError(
+                "peft_config adapts embed_tokens, which is the text head of this model as well (tie_word_embeddings): "
+                "the head would be another one once they are folded in. Leave embed_tokens out of target_modules."
+            )
         if peft_config is not None and model.lm_head is not None:
             model.lm_head.requires_grad_(False)  # pretrained like the base, and tied to it in other models
 
@@ -274,8 +281,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         """The weighted sum of the losses; their means by name go to the log."""
         # DDP and its kin take the mean over processes, of losses that are parts of a sum here.
         counts = None if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
-        # What is frozen leaves batches in which nothing has a gradient.
-        touch_all = self._is_distributed or bool(self.args.freeze_parts)
+        # What is frozen, or without adapters, leaves batches in which nothing has a gradient.
+        touch_all = self._is_distributed or bool(self.args.freeze_parts) or has_adapter(self.backbone)
         output = model(**model_arguments(inputs), loss_counts=counts, touch_all=touch_all)
         self.check_loss(output.loss, lambda: inputs["rows"])
         sums = sums_of_rows(inputs, output)

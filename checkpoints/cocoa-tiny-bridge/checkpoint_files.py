@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.utils import cached_file
 
 KEY_MAPPING = {
     r"^(?:model\.)?visual\.": "visual.",
@@ -33,15 +34,38 @@ def read_model_type(name_or_path: str | os.PathLike, **kwargs: Any) -> str | Non
         FileNotFoundError: see [`check_is_there`].
     """
     path = os.fspath(name_or_path)
-    check_is_there(path)
+    check_is_there(path, has_owner=True)
     return PretrainedConfig.get_config_dict(path, **hub_arguments(kwargs))[0].get("model_type")
 
 
-def check_is_there(path: str) -> None:
-    """Raise `FileNotFoundError` for what is no folder and, by its form, no name on the Hub either."""
-    can_be_a_name = not os.path.isabs(path) and not path.startswith((".", "~")) and path.count("/") < 2
-    if not can_be_a_name and not os.path.isdir(path):
+def check_is_there(path: str, *, has_owner: bool = False) -> None:
+    """
+    Raise `FileNotFoundError` for what is no folder and, by its form, no name on the Hub either.
+
+    Args:
+        path (`str`): Of a folder, or a name on the Hub.
+        has_owner (`bool`, defaults to `False`): Names on the Hub have an owner (`owner/name`), as those of all models
+            that CoCoA takes.
+    """
+    if os.path.isdir(path):
+        return
+    owner, *rest = path.split("/")
+    can_be_a_name = not os.path.isabs(path) and not path.startswith((".", "~")) and has_owner <= len(rest) < 2
+    if not can_be_a_name:
         raise FileNotFoundError(f"There is no checkpoint folder {path}; check the path.")
+    if rest and os.path.isdir(owner) and not is_cached(path):
+        raise FileNotFoundError(
+            f"There is no checkpoint folder {path} in the folder {owner}; check the path (for a model of that name on "
+            f"the Hub, work in a folder without a folder {owner})."
+        )
+
+
+def is_cached(name: str) -> bool:
+    """Whether the configuration of a model on the Hub was fetched before."""
+    try:
+        return cached_file(name, "config.json", local_files_only=True) is not None
+    except OSError:
+        return False
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -146,6 +146,32 @@ class CocoaModelMixin:
                 )
         return (model, info) if return_info else model
 
+    def load_adapter(
+        self, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """
+        Load adapters; see [`~transformers.PreTrainedModel.load_adapter`]. Those whose weights are named as earlier
+        versions of transformers name them (`model.layers.*`: VLM2Vec, ColQwen2) find their places too.
+
+        Raises:
+            ValueError: an adapter of the model finds no weights in the folder, or weights no place in the model.
+        """
+        from transformers.core_model_loading import WeightRenaming
+
+        kwargs.setdefault("weight_mapping", [WeightRenaming(*names) for names in KEY_MAPPING.items()])
+        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        for kind, keys in (("lacks", sorted(info.missing_keys)), ("has unknown", sorted(info.unexpected_keys))):
+            if keys:
+                for module in [part for part in self.modules() if hasattr(part, "base_layer")]:
+                    module.delete_adapter(adapter_name or "default")
+                self.peft_config.pop(adapter_name or "default")
+                self._hf_peft_config_loaded = bool(self.peft_config)
+                raise ValueError(
+                    f"The adapter {peft_model_id or adapter_name} {kind} {len(keys)} weights for "
+                    f"{type(self).__name__}, among them {keys[:3]}: it was trained in another kind of model."
+                )
+        return info
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
         [`~transformers.PreTrainedModel.save_pretrained`], with weight names and `architectures` that the stock base
