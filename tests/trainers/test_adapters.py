@@ -21,10 +21,12 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
 
 from modeling_cocoa.auto import load_backbone
+from modeling_cocoa.saving import save_cocoa
 from tests.trainers.test_run_folder import trainer_of
-from trainers.adapters import load_checkpoint, merged, prepare_parts, save_adapter
+from trainers.adapters import load_checkpoint, merged, prepare_parts, save_adapter, unquantized
 
 LINEAR = {"target_modules": ["q_proj", "down_proj", "fc1"]}
 KINDS = {
@@ -86,7 +88,7 @@ def test_every_kind_that_is_merged_trains_is_saved_and_resumes(tmp_path, model, 
         (LoraConfig(target_modules=["input_layernorm"]), "Target module .*RMSNorm.* is not supported"),
         (LoraConfig(target_modules=["qproj"]), "arget modules .*qproj"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("kind", ["reconstruction", "contrastive"])
 def test_other_kinds_and_modules_are_refused_at_the_start(tmp_path, model, processor, emoji, kind, config, message):
@@ -198,3 +200,18 @@ def test_a_checkpoint_of_other_adapters_is_named(tmp_path, model):
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="has no adapters, and this run has some"):
         load_checkpoint(adapted(KINDS["LoRA"]), tmp_path / "none")
+
+
+def test_four_bit_weights_stay_what_they_were_through_an_evaluation(tmp_path, model, processor, emoji, inputs):
+    """On a CPU with AVX512-BF16 bitsandbytes would pack them anew at the first forward in evaluation mode."""
+    pytest.importorskip("bitsandbytes")
+    save_cocoa(model, processor, tmp_path / "start")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    backbone = load_backbone(tmp_path / "start", dtype=torch.float32, quantization_config=config)
+    before = unquantized(backbone)
+    prepare_parts(backbone, [], KINDS["LoRA"])
+    expected = vectors(backbone, inputs)
+    after = {name.replace(".base_layer", ""): value for name, value in unquantized(backbone).items()}
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+    torch.testing.assert_close(vectors(merged(backbone), inputs), expected, atol=1e-5, rtol=0)

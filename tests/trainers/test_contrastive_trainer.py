@@ -2,6 +2,7 @@
 """Stage 3 on real rows: it learns, GradCache changes nothing, it resumes bit for bit, and it says what is wrong."""
 
 import copy
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +304,36 @@ def test_wrong_columns_are_named(tmp_path, model, processor, columns):
     dataset = Dataset.from_dict({name: ["a"] for name in columns})
     with pytest.raises(ValueError, match="'query', 'positive'.*rename_column"):
         trainer_of(model, processor, dataset, tmp_path)
+
+
+def test_other_columns_are_named_and_not_used(tmp_path, model, processor, pairs, caplog):
+    logging.getLogger("transformers").propagate = True
+    rows = pairs.add_column("id", list(range(64))).select_columns(["query", "id", "positive"])
+    trainer = trainer_of(model, processor, rows, tmp_path)
+    assert "train_dataset: columns ['id'] are not used; known are 'query', 'positive'" in caplog.text
+    assert trainer.train_dataset.column_names == ["query", "positive"]
+    trainer.train()
+
+
+def test_a_streamed_dataset_is_refused(tmp_path, model, processor, pairs):
+    for data in (pairs.to_iterable_dataset(), {"a": pairs, "b": pairs.to_iterable_dataset()}):
+        with pytest.raises(ValueError, match="is streamed, and contrastive training draws its rows by number"):
+            trainer_of(model, processor, data, tmp_path)
+
+
+def test_a_pair_that_is_alone_has_nothing_to_learn_from(tmp_path, model, processor, pairs):
+    """Its loss and its gradient are 0."""
+    with pytest.raises(ValueError, match="per_device_train_batch_size is 1, and the pairs have no negatives"):
+        trainer_of(model, processor, pairs, tmp_path, per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match="has 1 row, and the pairs have no negatives"):
+        trainer_of(model, processor, {"a": pairs, "b": pairs.select([0])}, tmp_path)
+    trainer = trainer_of(model, processor, pairs.select(range(9)), tmp_path, per_device_train_batch_size=4)
+    assert [len(batch) for batch in trainer.get_train_dataloader().batch_sampler] == [4, 4], "the last one is left out"
+    with_negatives = pairs.select(range(3)).add_column("negative_1", ["a", "b", "c"])
+    with_negatives = with_negatives.select_columns(["query", "positive", "negative_1"])
+    trainer = trainer_of(model, processor, with_negatives, tmp_path, per_device_train_batch_size=1, max_steps=2)
+    trainer.train()
+    assert all(entry["loss"] > 0 for entry in trainer.state.log_history if "loss" in entry)
 
 
 def test_bad_rows_stop_before_the_first_step_or_are_skipped_and_counted(tmp_path, model, processor):

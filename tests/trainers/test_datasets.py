@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import collections
+import copy
+import logging
 
 import pytest
 from datasets import Dataset
@@ -121,3 +123,38 @@ def test_evaluation_takes_datasets_and_nothing_else(tmp_path, model, processor, 
     assert trainer.evaluate(rows)["eval_loss"] > 0
     with pytest.raises(ValueError, match="The evaluation data is a list; give a Dataset"):
         CocoaReconstructionTrainer(model, args, eval_dataset=[{"text": "a"}], processing_class=processor)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_columns_that_are_not_used_are_named_at_the_start(tmp_path, model, processor, emoji, caplog, streamed):
+    """The commonest names on the Hub are `image` and `caption`; negatives of pairs are for another stage."""
+    logging.getLogger("transformers").propagate = True
+    rows = emoji.rename_column("text", "caption")
+    names = [str(number) for number in range(64)]
+    pairs = Dataset.from_dict({"query": names, "positive": names, "negative_1": names, "id": names})
+    for data, unused in ((rows, ["twemoji", "caption"]), (pairs, ["id"]), ({"a": pairs, "b": pairs}, ["id"])):
+        caplog.clear()
+        if streamed:
+            data = (
+                {name: part.to_iterable_dataset() for name, part in data.items()}
+                if isinstance(data, dict)
+                else data.to_iterable_dataset()
+            )
+        args = CocoaReconstructionConfig(
+            str(tmp_path), use_cpu=True, report_to="none", check_data=False, max_steps=1, stage="warmup"
+        )
+        CocoaReconstructionTrainer(copy.deepcopy(model), args, train_dataset=data, processing_class=processor)
+        assert f"columns {unused} are not used; known are ['query', 'positive', 'image'," in caplog.text
+        caplog.clear()
+        known = data if isinstance(data, dict) else {"": data}
+        used = {
+            name: part.remove_columns([*unused, *(["negative_1"] if "id" in unused else [])])
+            for name, part in known.items()
+        }
+        CocoaReconstructionTrainer(
+            copy.deepcopy(model),
+            args,
+            train_dataset=used if isinstance(data, dict) else used[""],
+            processing_class=processor,
+        )
+        assert "not used" not in caplog.text

@@ -143,3 +143,24 @@ def test_emissions_are_what_codecarbon_measured():
     callback.tracker = SimpleNamespace(_prepare_emissions_data=lambda: SimpleNamespace(**measured))
     found = measured_emissions(trainer)
     assert (found["emissions"], found["energy_consumed"], found["source"]) == (12.0, 0.03, "codecarbon")
+
+
+def test_a_new_stage_does_not_show_the_picture_of_its_base(tmp_path, emoji):
+    """New heads rebuild otherwise; contrastive training, which rebuilds nothing, keeps the picture."""
+    start = shutil.copytree(ROOT / "checkpoints" / "cocoa-tiny", tmp_path / "start")
+    emoji[0]["image"].save(start / "reconstruction.png")
+    data = emoji.select_columns(["image", "text"])
+    options = {**COMMON, "max_steps": 1, "per_device_train_batch_size": 4, "save_strategy": "no"}
+    for stage in ("warmup", "bridge"):
+        args = CocoaReconstructionConfig(str(tmp_path / stage), stage=stage, **options)
+        trainer = CocoaReconstructionTrainer(str(start), args, train_dataset=data)
+        trainer.train()
+        trainer.save_model(str(tmp_path / stage / "final"))
+        assert not (tmp_path / stage / "final" / "reconstruction.png").exists()
+        assert "What it rebuilds" not in (tmp_path / stage / "final" / "README.md").read_text()
+    pairs = data.rename_columns({"text": "query", "image": "positive"}).select_columns(["query", "positive"])
+    trainer = CocoaContrastiveTrainer(
+        str(start), CocoaContrastiveConfig(str(tmp_path / "contrastive"), **options), train_dataset=pairs
+    )
+    trainer.save_model(str(tmp_path / "final"))
+    assert (tmp_path / "final" / "reconstruction.png").read_bytes() == (start / "reconstruction.png").read_bytes()
