@@ -222,9 +222,7 @@ def read_source(
     if image_dir is None:
         raise ValueError("data: a source in MMEB-train's layout needs image_dir, the folder of its images.")
     if not os.path.isdir(image_dir):
-        raise ValueError(
-            f"data: there is no folder {image_dir} of images; give image_dir, where those of the data lie."
-        )
+        raise ValueError(f"data: there is no folder {image_dir} of images; give image_dir, where they lie.")
     return LAYOUTS[layout](rows, image_dir) if as_pairs else rows
 
 
