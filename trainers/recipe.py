@@ -151,7 +151,8 @@ class Recipe:
             )
         if wrong := [stage for stage in values["stages"] if stage not in STAGES]:
             raise ValueError(f"{path}: unknown stages {wrong}; there are {list(STAGES)}.")
-        return cls(**values)
+        stages = {stage: {} if options is None else options for stage, options in values["stages"].items()}
+        return cls(**{**values, "stages": stages})  # a stage without options has all defaults
 
 
 def find_recipe(name: str | os.PathLike) -> Path:

@@ -169,3 +169,8 @@ def test_a_changed_recipe_in_a_used_folder_is_an_error(tmp_path, values, caplog)
     shutil.rmtree(tmp_path / "run" / "warmup")
     with pytest.raises(ValueError, match="bridge/final was trained from another model of the stage 'warmup'"):
         run()
+
+
+def test_a_stage_without_options_has_its_defaults(tmp_path, values):
+    values["stages"] = {"contrastive": None}
+    assert load(tmp_path, values).stages == {"contrastive": {}}
