@@ -372,6 +372,12 @@ def run_app(
         Path | None,
         typer.Option(help="A folder to search, with or without a metadata.csv of file_name and text; else emoji."),
     ] = None,
+    vectors: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to keep vectors in: the next start embeds only what is new. Without it nothing is kept."
+        ),
+    ] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="By default the first that is free from 7860 on.")
     ] = None,
@@ -385,7 +391,7 @@ def run_app(
         require_checkpoints(model, rebuild_model)
         from hub_cards.space.app import serve
 
-        serve(model, rebuild_model=rebuild_model, pictures=pictures, port=port)
+        serve(model, rebuild_model=rebuild_model, pictures=pictures, vectors=vectors, port=port)
 
 
 @app.command("push-space")

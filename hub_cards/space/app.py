@@ -164,6 +164,7 @@ def build_app(
     *,
     rebuild_model: str | os.PathLike | None = None,
     pictures: str | os.PathLike | None = None,
+    vectors: str | os.PathLike | None = None,
 ) -> gr.Blocks:
     """
     Load the models, embed the set, and lay out the page.
@@ -174,6 +175,7 @@ def build_app(
             it is one. Without either the page says what is missing.
         pictures (`str` or `os.PathLike`, *optional*): Folder to search, with or without a `metadata.csv` of the
             columns `file_name` and `text`; by default the emoji that come with this project.
+        vectors (`str` or `os.PathLike`, *optional*): Folder in which vectors are kept for the next start.
 
     Raises:
         OSError, ValueError: a checkpoint or the folder cannot be read, or is of another kind.
@@ -183,7 +185,7 @@ def build_app(
         rebuild_model = model
     rebuilder = None if rebuild_model is None else Rebuilder.from_pretrained(rebuild_model)
     encoder = CocoaTransformer(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    index = SearchIndex(encoder, rows, read_prompts(model))
+    index = SearchIndex(encoder, rows, read_prompts(model), vectors)
     rows, page = index.rows, Page(index, rebuilder)
 
     with gr.Blocks(title="CoCoA", analytics_enabled=False, delete_cache=(HOUR, DAY)) as app:
@@ -318,6 +320,7 @@ def serve(
     *,
     rebuild_model: str | os.PathLike | None = None,
     pictures: str | os.PathLike | None = None,
+    vectors: str | os.PathLike | None = None,
     port: int | None = None,
     server_name: str = LOCAL,
 ) -> None:
@@ -327,7 +330,7 @@ def serve(
     Args:
         model (`str` or `os.PathLike`, *optional*): Defaults to the tiny checkpoint that comes with this project, and
             then `rebuild_model` to that of its bridge stage.
-        rebuild_model, pictures (*optional*): As in [`build_app`].
+        rebuild_model, pictures, vectors (*optional*): As in [`build_app`].
         port (`int`, *optional*): By default the first that is free from 7860 on.
         server_name (`str`, defaults to `"127.0.0.1"`): Address to listen on; by default this machine alone is served.
 
@@ -336,7 +339,7 @@ def serve(
     """
     if model is None:
         model, rebuild_model = asset_path(CHECKPOINT), rebuild_model or asset_path(BRIDGE_CHECKPOINT)
-    app = build_app(model, rebuild_model=rebuild_model, pictures=pictures)
+    app = build_app(model, rebuild_model=rebuild_model, pictures=pictures, vectors=vectors)
     try:
         _, url, _ = app.launch(
             server_name=server_name,

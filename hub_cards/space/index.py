@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -18,8 +19,9 @@ from PIL.Image import Image as Picture
 from evaluation.demo import QUERIES
 from evaluation.emoji import load_emoji
 from evaluation.encoders import read_settings
+from evaluation.vectors import VectorStore, fingerprint
 from modeling_cocoa.folders import describe_left_out, describe_unreadable, encode_readable
-from modeling_cocoa.inputs import load_image
+from modeling_cocoa.inputs import CocoaInputError, load_image
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 logger = logging.getLogger(__name__)
@@ -146,6 +148,8 @@ class SearchIndex:
         rows ([`PictureSet`]): Embedded here, under progress bars; pictures that cannot be read are left out, and a
             warning counts and names them.
         prompts (`dict[str, str]`): Those of [`read_prompts`].
+        vectors (`str` or `os.PathLike`, *optional*): Folder in which vectors are kept as they come, by model and
+            content, so that only what is new is embedded; nothing is kept where none is given.
 
     Attributes:
         rows ([`PictureSet`]): Those that were embedded.
@@ -154,21 +158,42 @@ class SearchIndex:
         ValueError: none of the pictures can be read.
     """
 
-    def __init__(self, model: CocoaTransformer, rows: PictureSet, prompts: dict[str, str]) -> None:
+    def __init__(
+        self,
+        model: CocoaTransformer,
+        rows: PictureSet,
+        prompts: dict[str, str],
+        vectors: str | os.PathLike | None = None,
+    ) -> None:
         self.model = model
         self.query_prompt = prompts.get("query")
         # As values of a dict: a bare text that is the path of a picture would be read as that picture.
         inputs = [{"image": picture} for picture in rows.pictures] + [{"text": text} for text in rows.texts]
-        encode = partial(model.encode, prompt=prompts.get("document"), show_progress_bar=True)
-        places: list[int] = []
-        unreadable: dict[int, str] = {}
-        parts = []
-        for positions, vectors, reasons in encode_readable(encode, inputs):
-            places += positions
-            parts.append(vectors)
-            unreadable |= reasons
-        self.rows = rows.without(unreadable)
-        self.pictures, self.texts = np.split(np.concatenate(parts), [len(self.rows.pictures)])
+        prompt = prompts.get("document")
+        keys = [content_key(item, prompt) for item in inputs]
+        store = None if vectors is None else VectorStore(Path(vectors) / fingerprint(model)[:16])
+        known = {key: store[[key]][0] for key in keys if key in store} if store is not None else {}
+        new: dict[str, dict[str, Any]] = {}
+        for key, item in zip(keys, inputs, strict=True):
+            if key not in known:
+                new.setdefault(key, item)
+        new_keys, reasons = list(new), {}
+        encode = partial(model.encode, prompt=prompt, show_progress_bar=True)
+        for positions, found, unreadable in encode_readable(encode, list(new.values())):
+            chunk = [new_keys[position] for position in positions]
+            if store is not None and chunk:
+                store.add(chunk, found)
+            known.update(zip(chunk, found, strict=True))
+            reasons.update((new_keys[position], reason) for position, reason in unreadable.items())
+        self.rows = rows.without(
+            {
+                place: reasons[key] if inputs[place] is new[key] else why_unreadable(inputs[place]["image"])
+                for place, key in enumerate(keys)
+                if key in reasons
+            }
+        )
+        found = np.stack([known[key] for key in keys if key in known])
+        self.pictures, self.texts = np.split(found, [len(self.rows.pictures)])
 
     def search(self, query: dict[str, Any]) -> tuple[list[Found], list[Found]]:
         """
@@ -185,6 +210,30 @@ class SearchIndex:
             nearest(self.pictures @ vector, self.rows.names, PICTURES_FOUND),
             nearest(self.texts @ vector, self.rows.texts, TEXTS_FOUND),
         )
+
+
+def content_key(item: dict[str, Any], prompt: str | None) -> str:
+    """A digest of what decides an input's vector besides the model: its words or the bytes of its file."""
+    picture = item.get("image")
+    if picture is None:
+        content = b"text " + item["text"].encode("utf-8", "surrogatepass")
+    elif picture.get("bytes") is not None:
+        content = b"image " + picture["bytes"]
+    else:
+        try:
+            content = b"image " + Path(picture["path"]).read_bytes()
+        except OSError:  # said by who embeds it
+            content = b"path " + os.fsencode(picture["path"])
+    return hashlib.sha256(f"{prompt!r} ".encode() + content).hexdigest()
+
+
+def why_unreadable(picture: dict[str, Any]) -> str:
+    """Why a picture cannot be read, by its own name."""
+    try:
+        load_image(picture)
+    except CocoaInputError as error:
+        return error.reason
+    return "it could not be read at first."
 
 
 def nearest(scores: np.ndarray, names: Sequence[str], most: int) -> list[Found]:

@@ -164,6 +164,43 @@ def test_the_saved_prompts_are_used(pictures, tmp_path, encoder):
     assert hit.name == pictures[1][best] and hit.score == pytest.approx(scores[best], abs=1e-5)
 
 
+def test_kept_vectors_are_those_of_the_content(encoder, tmp_path, monkeypatch):
+    """A second start embeds what is new or has changed, another prompt all anew; a corrupt picture loses nothing."""
+    folder = tmp_path / "pictures"
+    write_pictures(folder, 7)
+    (folder / "006.png").write_bytes(b"\x89PNG no picture")
+    seen = []
+    encode = encoder.encode
+
+    def count(inputs, **options):
+        vectors = encode(inputs, **options)
+        seen.append(len(inputs))
+        return vectors
+
+    monkeypatch.setattr(encoder, "encode", count)
+
+    def start(prompts=None, vectors=tmp_path / "vectors"):
+        seen.clear()
+        index = SearchIndex(encoder, PictureSet.load(folder), prompts or {}, vectors)
+        return index, sum(seen)
+
+    plain, embedded = start(vectors=None)
+    first, again = start()
+    assert again == embedded > 0
+    second, none = start()
+    assert none == 0
+    for index in (first, second):
+        np.testing.assert_array_equal(index.pictures, plain.pictures)
+        np.testing.assert_array_equal(index.texts, plain.texts)
+        assert index.rows.names == plain.rows.names and "1 cannot be read" in index.rows.left_out
+    shutil.copyfile(folder / "000.png", folder / "001.png")
+    Image.new("RGB", (64, 64), "teal").save(folder / "002.png")
+    changed, new = start()
+    assert new == 1, "a copy is known by its content"
+    np.testing.assert_array_equal(changed.pictures[1], changed.pictures[0])
+    assert start({"document": "Find it."})[1] == embedded - 1
+
+
 @pytest.mark.parametrize(
     ("box", "reason"),
     [
