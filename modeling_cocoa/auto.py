@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from torch import nn
 from transformers.utils import find_adapter_config_file
 
 from .checkpoint_files import hub_arguments, read_model_type
@@ -34,24 +33,7 @@ def load_backbone(pretrained_model_name_or_path: str | os.PathLike, **kwargs: An
         FileNotFoundError: there is no such folder.
     """
     model_type = check_backbone(pretrained_model_name_or_path, **kwargs)
-    loaded = BACKBONES[model_type].from_pretrained(pretrained_model_name_or_path, **kwargs)
-    keep_quantized_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
-    return loaded
-
-
-def keep_quantized_weights(model: nn.Module) -> None:
-    """
-    Have 4-bit layers keep their weights in the form that they are saved in.
-
-    On a CPU with AVX512-BF16, bitsandbytes packs them anew at the first forward in evaluation mode; some sizes fail
-    then, and the weights that are saved or trained on afterwards are others.
-
-    Args:
-        model (`nn.Module`): With or without such layers.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    return BACKBONES[model_type].from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
 def check_backbone(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> str:

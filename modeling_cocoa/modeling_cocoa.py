@@ -144,6 +144,7 @@ class CocoaModelMixin:
                     f"{pretrained_model_name_or_path} {kind} {len(keys)} weights for {cls.__name__}, among them "
                     f"{keys[:3]}. The checkpoint is incomplete, or not a Qwen2-VL model."
                 )
+        keep_quantized_weights(model)
         return (model, info) if return_info else model
 
     def load_adapter(
@@ -437,6 +438,21 @@ class CocoaModelMixin:
             is_last = layer is text.layers[-1]
             hidden = layer(hidden, packing=packing, eos_only=eos_only and is_last, position_embeddings=rotary)
         return text.norm(hidden)
+
+
+def keep_quantized_weights(model: nn.Module) -> None:
+    """
+    Have 4-bit layers keep their weights in the form that they are saved in.
+
+    On a CPU with AVX512-BF16, bitsandbytes packs them anew at the first forward in evaluation mode; some sizes fail
+    then, and the weights that are saved or trained on afterwards are others.
+
+    Args:
+        model (`nn.Module`): With or without such layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def missing_rows(rows: int, device: torch.device) -> int:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from modeling_cocoa.auto import BACKBONES, keep_quantized_weights, load_backbone
+from modeling_cocoa.auto import BACKBONES, load_backbone
 from modeling_cocoa.files import written_whole
+from modeling_cocoa.modeling_cocoa import keep_quantized_weights
 
 ADAPTER_FILE = "adapter_state.safetensors"
 """File of a checkpoint that holds the adapters of the run; the weights beside it have them folded in."""

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
 from modeling_cocoa.auto import load_backbone
+from modeling_cocoa.modeling_cocoa_qwen2_vl import CocoaQwen2VLModel
 from modeling_cocoa.saving import save_cocoa
 from tests.trainers.test_run_folder import trainer_of
 from trainers.adapters import load_checkpoint, merged, prepare_parts, save_adapter, unquantized
@@ -202,12 +203,13 @@ def test_a_checkpoint_of_other_adapters_is_named(tmp_path, model):
         load_checkpoint(adapted(KINDS["LoRA"]), tmp_path / "none")
 
 
-def test_four_bit_weights_stay_what_they_were_through_an_evaluation(tmp_path, model, processor, emoji, inputs):
+@pytest.mark.parametrize("load", [load_backbone, CocoaQwen2VLModel.from_pretrained], ids=["load_backbone", "class"])
+def test_four_bit_weights_stay_what_they_were_through_an_evaluation(tmp_path, model, processor, emoji, inputs, load):
     """On a CPU with AVX512-BF16 bitsandbytes would pack them anew at the first forward in evaluation mode."""
     pytest.importorskip("bitsandbytes")
     save_cocoa(model, processor, tmp_path / "start")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    backbone = load_backbone(tmp_path / "start", dtype=torch.float32, quantization_config=config)
+    backbone = load(tmp_path / "start", dtype=torch.float32, quantization_config=config)
     before = unquantized(backbone)
     prepare_parts(backbone, [], KINDS["LoRA"])
     expected = vectors(backbone, inputs)
