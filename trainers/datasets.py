@@ -92,7 +92,10 @@ class ReconstructionDataset(torch.utils.data.Dataset):
         counts = dict(sizes)
         if self.weights is not None:
             scale = max(size / self.weights[name] for name, size in sizes.items())
-            counts = {name: max(size, round(self.weights[name] * scale)) for name, size in sizes.items()}
+            # One without a usable row has nothing to repeat.
+            counts = {
+                name: max(size, round(self.weights[name] * scale)) if size else 0 for name, size in sizes.items()
+            }
         self.kept = {name: np.asarray(rows[name], dtype=np.int64) for name in self.parts}
         self.places = np.concatenate(
             [

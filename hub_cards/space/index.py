@@ -170,7 +170,8 @@ class SearchIndex:
         # As values of a dict: a bare text that is the path of a picture would be read as that picture.
         inputs = [{"image": picture} for picture in rows.pictures] + [{"text": text} for text in rows.texts]
         prompt = prompts.get("document")
-        keys = [content_key(item, prompt) for item in inputs]
+        # Files are read for their digests only where vectors are kept.
+        keys = [str(place) if vectors is None else content_key(item, prompt) for place, item in enumerate(inputs)]
         store = None if vectors is None else VectorStore(Path(vectors) / fingerprint(model)[:16])
         known = {key: store[[key]][0] for key in keys if key in store} if store is not None else {}
         new: dict[str, dict[str, Any]] = {}

@@ -41,6 +41,8 @@ def test_rows_are_repeated_by_weight_until_all_were_seen():
     assert len(set(seeds)) == 400, "a row that occurs twice is masked otherwise"
     mixed.keep({"a": [7], "b": range(60)})
     assert collections.Counter(text[0] for text in texts_of(mixed)) == {"a": 180, "b": 60}
+    mixed.keep({"a": [], "b": range(60)})
+    assert collections.Counter(text[0] for text in texts_of(mixed)) == {"b": 60}, "no row of one that has none left"
 
 
 def test_rows_of_a_stream_are_drawn_by_weight_until_all_were_seen():
