@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, cached_property
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +18,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention import FLEX_ATTENTION, PADDING, TARGET, packed_block_mask
+
+logger = logging.getLogger(__name__)
+
+VARLEN = "varlen_attn"
+"""How `sdpa` attends on packed rows where torch has a kernel that goes by boundaries: one call a layer."""
+GROUPS = "scaled_dot_product_attention"
+"""How it does elsewhere: samples of equal length as one batch, a call for each length."""
 
 
 @dataclass
@@ -26,6 +37,12 @@ class Spans:
     """
 
     lengths: list[int]
+    _boundaries: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max(self.lengths)
 
     @cached_property
     def counts(self) -> list[int]:
@@ -34,7 +51,10 @@ class Spans:
 
     def boundaries(self, device: torch.device) -> Tensor:
         """First token of each sample and the end of the last, int32, as variable-length kernels take them."""
-        return nn.functional.pad(torch.tensor(self.lengths, device=device).cumsum(0), (1, 0)).to(torch.int32)
+        if device not in self._boundaries:
+            ends = [0, *accumulate(self.lengths)]
+            self._boundaries[device] = torch.tensor(ends, dtype=torch.int32, device=device)
+        return self._boundaries[device]
 
     def batches(self, tokens: Tensor, counts: list[int]) -> list[Tensor]:
         """
@@ -187,8 +207,8 @@ def attend(
         query (`Tensor` of shape `(tokens, heads, head size)`): With `eos_only`, of the EOS tokens in packed order.
         key, value (`Tensor` of shape `(tokens, key and value heads, head size)`).
         packing ([`Packing`]).
-        implementation (`str`): `"sdpa"` attends samples of equal length as one batch, flash attention goes by
-            boundaries, [`FLEX_ATTENTION`] by a block mask.
+        implementation (`str`): `"sdpa"` (see [`sdpa_kernel`]) and flash attention go by boundaries, [`FLEX_ATTENTION`]
+            by a block mask.
         scaling (`float`): Of the scores.
         dropout (`float`, defaults to 0).
         eos_only (`bool`, defaults to `False`): The queries are the EOS tokens alone, of rows without a target.
@@ -258,8 +278,8 @@ def attend_spans(
             None,
             cu_seq_lens_q=query_spans.boundaries(query.device),
             cu_seq_lens_k=key_spans.boundaries(key.device),
-            max_length_q=max(query_spans.lengths),
-            max_length_k=max(key_spans.lengths),
+            max_length_q=query_spans.longest,
+            max_length_k=key_spans.longest,
             scaling=scaling,
             dropout=dropout,
             is_causal=False,
@@ -270,6 +290,12 @@ def attend_spans(
             f"attn_implementation={implementation!r} is not known on packed rows. Load the model with 'sdpa', "
             f"'flash_attention_2', {FLEX_ATTENTION!r}, or 'eager' for the stock layers on the padded batch."
         )
+    if implementation == "sdpa" and sdpa_kernel(value.device, value.dtype, dropout > 0) == VARLEN:
+        boundaries = query_spans.boundaries(query.device), key_spans.boundaries(key.device)
+        longest = query_spans.longest, key_spans.longest
+        # Rotated in float32 under autocast, while the values are not.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        return varlen_attention(query, key, value, *boundaries, *longest, scale=scaling).flatten(1)
     counts, grouped = key_spans.counts, query.shape[1] != key.shape[1]
     groups = zip(
         query_spans.batches(query, counts),
@@ -282,3 +308,70 @@ def attend_spans(
         for group in groups
     )
     return torch.cat([output.transpose(1, 2).flatten(0, 1).flatten(1) for output in outputs])
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, *boundaries: Tensor | int, scale: float) -> Tensor:
+    """
+    torch's attention by boundaries, whatever the number of key and value heads.
+
+    Args:
+        query (`Tensor` of shape `(queries, heads, head size)`).
+        key, value (`Tensor` of shape `(keys, key and value heads, head size)`).
+        boundaries: As [`torch.nn.attention.varlen.varlen_attn`] takes them.
+        scale (`float`): Of the scores.
+
+    Returns:
+        `Tensor` of shape `(queries, heads, head size)`.
+    """
+    kernel = find_varlen_attn()
+    shared = query.shape[1] // key.shape[1]
+    if shared == 1:
+        return kernel(query, key, value, *boundaries, scale=scale)
+    if "enable_gqa" in parameters_of(kernel):
+        return kernel(query, key, value, *boundaries, scale=scale, enable_gqa=True)
+    key, value = (part.repeat_interleave(shared, dim=1) for part in (key, value))
+    return kernel(query, key, value, *boundaries, scale=scale)
+
+
+@cache
+def find_varlen_attn() -> Callable[..., Tensor] | None:
+    """torch's `varlen_attn`, where it takes a scale and boundaries of queries and of keys: from torch 2.11 on."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "scale" in parameters_of(varlen_attn) else None
+
+
+@cache
+def parameters_of(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """What a function takes, by name."""
+    return inspect.signature(function).parameters
+
+
+@cache
+def sdpa_kernel(device: torch.device, dtype: torch.dtype, with_dropout: bool = False) -> str:
+    """
+    How `sdpa` attends on packed rows: [`VARLEN`] or [`GROUPS`]. On a GPU it says so in a debug log, and warns of
+    [`GROUPS`], which is slow there.
+
+    Args:
+        device (`torch.device`), dtype (`torch.dtype`): Of the values.
+        with_dropout (`bool`, defaults to `False`): Whether attention weights are dropped.
+    """
+    if device.type != "cuda":
+        return GROUPS
+    reason = None
+    if dtype not in (torch.bfloat16, torch.float16):
+        reason = f"takes bfloat16 and float16, not {dtype}: load the model with dtype=torch.bfloat16"
+    elif with_dropout:
+        reason = "has no dropout: set attention_dropout to 0"
+    elif find_varlen_attn() is None:
+        reason = f"is not in torch {torch.__version__}: install torch 2.11 or newer"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        reason = f"needs an Ampere GPU or a newer one, not {torch.cuda.get_device_name(device)}"
+    if reason is None:
+        logger.debug("Attention of packed rows on %s in %s: %s.", device, dtype, VARLEN)
+        return VARLEN
+    logger.warning("Attention goes a length at a time on %s, which is slow: %s %s.", device, VARLEN, reason)
+    return GROUPS

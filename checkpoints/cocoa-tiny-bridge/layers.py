@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .packing import Packing, Spans, attend, attend_spans
+from .packing import VARLEN, Packing, Spans, attend, attend_spans, sdpa_kernel
 
 CONVOLUTION_ROWS = 384
 """Rows from which a pointwise convolution beats a matrix product on a CPU; with fewer, it is slower."""
@@ -94,26 +94,43 @@ class PackedVisionAttention:
         """
         if self.config._attn_implementation != "sdpa":
             return super().forward(hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
-        lengths, order = cu_seqlens.diff().sort(stable=True)
-        spans = Spans(lengths.tolist())
         both, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=1)
         cos, sin = (factor.float()[:, None] for factor in rotary_factors(position_embeddings))
         query, key = rotate(both.float(), cos, sin).to(value.dtype).unbind(1)
         value = value[:, 0]
-        in_order = bool((order[1:] > order[:-1]).all())
-        if not in_order:
-            starts = cu_seqlens[:-1][order]
-            within = torch.arange(len(hidden_states), device=lengths.device)
-            within = within - nn.functional.pad(lengths.cumsum(0), (1, 0))[:-1].repeat_interleave(lengths)
-            places = starts.repeat_interleave(lengths) + within
+        spans, places = vision_spans(cu_seqlens, sdpa_kernel(value.device, value.dtype))
+        if places is not None:
             query, key, value = query[places], key[places], value[places]
         dropout = self.attention_dropout if self.training else 0.0
         output = attend_spans(
             self, query, spans, key, value, spans, implementation="sdpa", scaling=self.scaling, dropout=dropout
         )
-        if not in_order:
+        if places is not None:
             output = torch.empty_like(output).index_copy(0, places, output)
         return self.proj(output)
+
+
+@lru_cache(maxsize=4)
+def vision_spans(cu_seqlens: Tensor, kernel: str) -> tuple[Spans, Tensor | None]:
+    """
+    Where images or windows lie, worked out once for all layers, which are given the same tensor.
+
+    Args:
+        cu_seqlens (`Tensor` of shape `(images + 1,)`): First patch of each image or window, and the end.
+        kernel (`str`): Of [`~packing.sdpa_kernel`].
+
+    Returns:
+        Their lengths, and the place of each patch in the order of these lengths, where that is another than its own.
+    """
+    lengths = cu_seqlens.diff()
+    spans = Spans(lengths.tolist())
+    if kernel == VARLEN or spans.lengths == sorted(spans.lengths):
+        return spans, None
+    lengths, order = lengths.sort(stable=True)
+    starts = cu_seqlens[:-1][order]
+    within = torch.arange(int(cu_seqlens[-1]), device=lengths.device)
+    within = within - nn.functional.pad(lengths.cumsum(0), (1, 0))[:-1].repeat_interleave(lengths)
+    return Spans(lengths.tolist()), starts.repeat_interleave(lengths) + within
 
 
 class PatchConvolution(nn.Conv3d):

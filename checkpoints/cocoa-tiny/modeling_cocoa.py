@@ -20,7 +20,7 @@ from .attention import FLEX_ATTENTION
 from .checkpoint_files import KEY_MAPPING, read_model_type
 from .configuration_cocoa import CocoaConfig
 from .layers import CONVOLUTION_ROWS, keep_freed_memory, merged_rotary
-from .packing import Packing, pack
+from .packing import Packing, pack, sdpa_kernel
 from .pooling import EosPooler
 
 MINIMUM_TRANSFORMERS = (5, 2)
@@ -185,6 +185,13 @@ class CocoaModelMixin:
             config = json.loads(path.read_text(encoding="utf-8"))
             config["architectures"] = [stock_class(type(self)).__name__]
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def extra_repr(self) -> str:
+        """How packed rows attend, in front of the modules."""
+        kernel = self.language_model.config._attn_implementation
+        if kernel == "sdpa":
+            kernel = sdpa_kernel(self.device, self.dtype)
+        return f"attention={kernel}"
 
     def media_types(self, input_ids: Tensor) -> Tensor:
         """0 for text, 1 for image and 2 for video tokens: `mm_token_type_ids`, which the ids determine."""
