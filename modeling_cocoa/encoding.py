@@ -7,8 +7,9 @@ import logging
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .inputs import CocoaInputError, Conversation
 from .modeling_cocoa import CocoaModelMixin
-from .processing_cocoa import PIXELS_AT_ONCE, CocoaProcessor, check_list
+from .processing_cocoa import PIXELS_AT_ONCE, CocoaProcessor, check_list, map_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,11 @@ CPU_BATCH_TOKENS = 2048
 """On a CPU: a tenth faster than 768, and no slower than 3,072."""
 GPU_BATCH_TOKENS = 8192
 """On anything else."""
+CPU_READERS = 0
+GPU_READERS = 4
+"""Threads that read inputs while the model works: none on a CPU, which both would share ..."""
+PARTS_AHEAD = 16
+"""... and how many parts they may be ahead of it: a window of images."""
 
 
 @dataclass
@@ -47,12 +53,14 @@ class Window:
     Some inputs on their way to vectors.
 
     Args:
+        read (`dict[int, Conversation]`): Distinct inputs that are no tensors yet, by position.
         rows (`dict[int, dict]`): Of each distinct input, by its position: what [`CocoaProcessor.encode`] gives.
         images (`dict[int, list[bytes]]`): Of each of these, its images' digests.
         repeated (`dict[int, int]`): Positions of inputs that occurred before, and where.
         is_part (`bool`): Whether more inputs follow that should share batches with these.
     """
 
+    read: dict[int, Conversation] = field(default_factory=dict)
     rows: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     images: dict[int, list[bytes]] = field(default_factory=dict)
     repeated: dict[int, int] = field(default_factory=dict)
@@ -129,6 +137,28 @@ class Embedder:
             self.batch_tokens = max(1, total // 2)
             logger.warning("The GPU's memory does not suffice; going on with %d tokens a batch.", self.batch_tokens)
 
+    def encode(self, part: Window, prompt: str | None) -> Window:
+        """
+        Make tensors of the inputs that a part has read, and let go of their images. Threads may do it.
+
+        Raises:
+            CocoaInputError: an input cannot be encoded; names its position.
+        """
+        positions = list(part.read)
+        try:
+            rows = self.processor.encode(list(part.read.values()), prompt=prompt)
+        except CocoaInputError as error:
+            raise CocoaInputError(error.reason, positions[error.position or 0]) from error
+        if self.model.device.type == "cuda":
+            # As the vision tower takes them, half as many bytes, and where the GPU fetches them while it works.
+            for row in rows:
+                for name in row.keys() & {"pixel_values", "pixel_values_videos"}:
+                    row[name] = row[name].to(self.model.visual.dtype).pin_memory()
+        part.rows.update(zip(positions, rows, strict=True))
+        part.images.update((position, conversation.image_digests) for position, conversation in part.read.items())
+        part.read.clear()
+        return part
+
     def read_images(self, images: dict[bytes, tuple[Tensor, Tensor]]) -> None:
         """Have the features of some images, by digest, each of which comes as pixels and grid."""
         new = sorted(
@@ -139,8 +169,9 @@ class Embedder:
                 self.features[digest] = self.features.pop(digest)  # used last
 
         def work(batch: list[bytes]) -> None:
-            pixels = torch.cat([images[digest][0] for digest in batch]).to(self.model.device)
-            grids = torch.stack([images[digest][1] for digest in batch]).to(self.model.device)
+            device = self.model.device
+            pixels = torch.cat([images[digest][0].to(device, non_blocking=True) for digest in batch])
+            grids = torch.stack([images[digest][1] for digest in batch]).to(device)
             self.features.update(zip(batch, self.model.read_images(pixels, grids), strict=True))
 
         self.run(new, lambda digest: len(images[digest][0]) // self.model.visual.spatial_merge_size**2, None, work)
@@ -152,17 +183,21 @@ class Embedder:
             tokens -= len(self.features.pop(next(iter(self.features))))
 
     def embed(self, window: Window, batch: Sequence[int]) -> Tensor:
-        """The vectors of a batch of a window's inputs, `(inputs, hidden)`, float32, on the CPU."""
-        features: Mapping[str, Tensor] = self.processor.collate([window.rows[position] for position in batch])
+        """The vectors of a batch of a window's inputs, `(inputs, hidden)`, on the model's device."""
+        features: dict[str, Tensor] = dict(self.processor.collate([window.rows[position] for position in batch]))
+        grids = {name: features[name] for name in ("image_grid_thw", "video_grid_thw") if name in features}
+        seconds = {name: features[name] for name in ("second_per_grid_ts",) if name in features}
+        # Here, since it goes row by row, and on a GPU each row would wait for it.
+        features["position_ids"] = self.model.mrope_positions(
+            features["input_ids"], features["attention_mask"], **grids, **seconds
+        )
         features = {
             name: value.to(self.model.device) for name, value in features.items() if not name.startswith("num_")
         }
         if "image_grid_thw" in features:
             digests = [digest for position in batch for digest in window.images[position]]
             features["image_features"] = torch.cat([self.features[digest] for digest in digests])
-        vectors = self.model(**features, eos_only=True).pooler_output.float().cpu()
-        # Again, since half precision rounds a unit vector to one that is none.
-        return nn.functional.normalize(vectors, dim=-1)
+        return self.model(**features, eos_only=True).pooler_output
 
 
 def succeeds(work: Callable[[list[T]], None], batch: list[T]) -> bool:
@@ -229,10 +264,20 @@ def encode_inputs(
     hidden = model.config.get_text_config().hidden_size
     vectors = torch.empty(count or 0, hidden, dtype=torch.float32)
     read = 0
-    parts = read_parts(processor, inputs, prompt, image_tokens)
-    with torch.inference_mode(), tqdm(total=count, unit="input", disable=not show_progress_bar) as bar:
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        bar = stack.enter_context(tqdm(total=count, unit="input", disable=not show_progress_bar))
+        encode = partial(embedder.encode, prompt=prompt)
+        readers = CPU_READERS if on_cpu else GPU_READERS
+        if not readers:
+            parts = map(encode, read_parts(processor, inputs, image_tokens))
+        else:
+            pool = ThreadPoolExecutor(readers)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            parts = read_parts(processor, inputs, image_tokens, pool)
+            parts = stack.enter_context(closing(read_ahead(map_ahead(pool, encode, parts, PARTS_AHEAD))))
         window = Window()
-        for part in parts if on_cpu else read_ahead(parts):
+        for part in parts:
             embedder.read_images(part.take_images())
             window.add(part)
             if part.is_part:
@@ -241,11 +286,18 @@ def encode_inputs(
             if read > len(vectors):  # of inputs without a length
                 vectors.resize_(2 * read, hidden)
 
-            def work(batch: list[int], window: Window = window) -> None:
-                vectors[torch.tensor(batch)] = embedder.embed(window, batch)
+            found: list[tuple[list[int], Tensor]] = []
+
+            def work(batch: list[int], window: Window = window, found: list[Any] = found) -> None:
+                found.append((batch, embedder.embed(window, batch)))
                 bar.update(len(batch))
 
             embedder.run(sorted(window.rows, key=window.length), window.length, batch_size, work)
+            if found:  # together, since a GPU stands still whenever something is fetched from it
+                places = torch.tensor([position for batch, _ in found for position in batch])
+                # To unit length again, since half precision rounds a unit vector to one that is none.
+                fetched = torch.cat([part for _, part in found]).float().cpu()
+                vectors[places] = nn.functional.normalize(fetched, dim=-1)
             for position, first in window.repeated.items():
                 vectors[position] = vectors[first]
             bar.update(len(window.repeated))
@@ -255,55 +307,37 @@ def encode_inputs(
 
 
 def read_parts(
-    processor: CocoaProcessor, inputs: Iterable[Any], prompt: str | None, image_tokens: int
+    processor: CocoaProcessor, inputs: Iterable[Any], image_tokens: int, pool: Executor | None = None
 ) -> Iterator[Window]:
     """
-    The inputs, read and made into tensors: parts of windows, whose pixels are few enough to be held at once.
+    The inputs, read: parts of windows, whose images are few enough to be held at once.
 
     Args:
         image_tokens (`int`): Tokens of images that a window may hold.
+        pool (`Executor`, *optional*): What reads some inputs ahead.
     """
     size = processor.image_processor.size
     seen: dict[bytes, int] = {}
-    pending: dict[int, Conversation] = {}
     part = Window()
     inputs_of_window = tokens_of_window = tokens_of_part = decoded = 0
-
-    def encode() -> None:
-        """Make tensors of what was read, and let go of the images."""
-        nonlocal decoded
-        positions = list(pending)
-        try:
-            rows = processor.encode(list(pending.values()), prompt=prompt)
-        except CocoaInputError as error:
-            raise CocoaInputError(error.reason, positions[error.position or 0]) from error
-        part.rows.update(zip(positions, rows, strict=True))
-        part.images.update((position, conversation.image_digests) for position, conversation in pending.items())
-        pending.clear()
-        decoded = 0
-
-    for position, conversation in enumerate(processor.read(inputs)):
+    for position, conversation in enumerate(processor.read(inputs, pool)):
         first = seen.setdefault(conversation.digest, position)
         if first != position:
             part.repeated[position] = first
             continue
-        pending[position] = conversation
+        part.read[position] = conversation
         tokens = conversation.pixels(size["shortest_edge"], size["longest_edge"]) // TOKEN_PIXELS
         decoded += conversation.pixels(0, sys.maxsize)
         inputs_of_window += 1
         tokens_of_window += tokens
         tokens_of_part += tokens
         is_full = tokens_of_window >= image_tokens or inputs_of_window == INPUTS_AT_ONCE
-        if is_full or tokens_of_part >= IMAGE_TOKENS_OF_A_PART:
-            encode()
+        if is_full or tokens_of_part >= IMAGE_TOKENS_OF_A_PART or decoded >= PIXELS_AT_ONCE:
             part.is_part = not is_full
             yield part
-            part, tokens_of_part = Window(), 0
+            part, tokens_of_part, decoded = Window(), 0, 0
             if is_full:
                 inputs_of_window = tokens_of_window = 0
-        elif decoded >= PIXELS_AT_ONCE:
-            encode()
-    encode()
     yield part
 
 

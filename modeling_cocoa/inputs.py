@@ -9,7 +9,9 @@ import io
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -39,6 +41,10 @@ MAX_ASPECT_RATIO = 200
 """Qwen2-VL's own limit."""
 VIDEO_FPS = 2.0
 """Frames a second taken of a video file where the video processor names no other rate; Qwen2-VL's own choice."""
+
+
+_LOADING = threading.Lock()
+"""Held while an image that the caller opened is decoded: it may occur several times, and Pillow reads one file."""
 
 
 class CocoaInputError(ValueError):
@@ -334,6 +340,7 @@ def load_image(value: Any, size: tuple[int, int] | None = None) -> Image.Image:
     """
     if isinstance(value, Stretched):
         value, size = value.image, value.size
+    is_given = isinstance(value, Image.Image)
     name = "the image"
     if isinstance(value, Mapping):
         content, path = value.get("bytes"), value.get("path")
@@ -361,7 +368,8 @@ def load_image(value: Any, size: tuple[int, int] | None = None) -> Image.Image:
         )
     _check_size(value, name, keeps_shape=size is None)
     try:
-        value.load()
+        with _LOADING if is_given else nullcontext():
+            value.load()
         image = _to_rgb(value)
     except CocoaInputError as error:
         raise CocoaInputError(f"{name} {error.reason}") from error

@@ -7,9 +7,12 @@ import ctypes
 import logging
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from functools import cache
-from typing import Any
+from itertools import count
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +27,14 @@ from .inputs import CocoaInputError, Conversation, Stretched, read_input
 
 logger = logging.getLogger(__name__)
 
+T, R = TypeVar("T"), TypeVar("R")
+
 EOS_TOKEN = "<|im_end|>"
 MASK_TOKEN = "<|mask|>"
 MEDIA_KEYS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 
+READ_AHEAD = 8
+"""Inputs that threads read beyond the one that is asked for: photos, decoded, are large."""
 PIXELS_AT_ONCE = 2**22
 """Pixels of decoded images and frames from which patches are made of them, so that few are in memory at once."""
 
@@ -197,24 +204,35 @@ class CocoaProcessor:
         """
         return self.collate(self.encode(inputs, prompt=prompt, max_length=max_length))
 
-    def read(self, inputs: Iterable[Any]) -> Iterator[Conversation]:
+    def read(self, inputs: Iterable[Any], pool: Executor | None = None) -> Iterator[Conversation]:
         """
         Check inputs and load their images and videos, one by one as they are asked for. The first bare str that ends
         like an image or a video file and is none is logged as a warning, since it is read as a text.
 
         Args:
             inputs (`Iterable`): As in [`~CocoaProcessor.encode`], which takes the result too.
+            pool (`Executor`, *optional*): Threads that read [`READ_AHEAD`] inputs ahead.
 
         Raises:
             CocoaInputError: an input cannot be read; names its position.
         """
+
+        def read_one(item: Any) -> tuple[Conversation, bool]:
+            conversation = read_input(item, self.video_processor)
+            if pool is not None:
+                conversation.digest  # noqa: B018 - worked out here, in the thread, and kept
+            return conversation, conversation is not item
+
+        readings = map(read_one, inputs) if pool is None else map_ahead(pool, read_one, inputs, READ_AHEAD)
         has_warned = False
-        for position, item in enumerate(inputs):
+        for position in count():
             try:
-                conversation = read_input(item, self.video_processor)
+                conversation, is_new = next(readings)
+            except StopIteration:
+                return
             except CocoaInputError as error:
                 raise CocoaInputError(error.reason, position) from error
-            if conversation.missing_file and not has_warned and conversation is not item:
+            if conversation.missing_file and not has_warned and is_new:
                 has_warned = True
                 logger.warning(
                     'Item %d is embedded as the words of its path: %s For a text, pass {"text": ...}, which is never '
@@ -342,9 +360,10 @@ class CocoaProcessor:
             metadata = [entry for c in conversations for entry in c.video_metadata]
             media["videos"] = videos
             media["videos_kwargs"] = {"do_sample_frames": False, "video_metadata": metadata}
-        return self.processor(
-            text=texts, text_kwargs={"padding": False, "truncation": False, "verbose": False}, **media
-        )
+        options = {"padding": False, "truncation": False, "verbose": False}
+        if not media:  # what the stock processor gives, without its search for images in each text
+            return self.tokenizer(texts, **options)
+        return self.processor(text=texts, text_kwargs=options, **media)
 
     def _truncate(self, ids: Tensor, limit: int, position: int, has_eos: bool) -> Tensor:
         """Drop the last text tokens, so that `limit` remain; those of media and the EOS stay."""
@@ -362,6 +381,22 @@ class CocoaProcessor:
         keep = torch.ones_like(ids, dtype=torch.bool)
         keep[droppable[-excess:]] = False
         return ids[keep]
+
+
+def map_ahead(pool: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """
+    `map` in the threads of a pool, in order.
+
+    Args:
+        ahead (`int`): Items that are worked on beyond the one that is asked for.
+    """
+    pending: deque[Future[R]] = deque()
+    for item in items:
+        pending.append(pool.submit(work, item))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def check_list(inputs: Any) -> None:

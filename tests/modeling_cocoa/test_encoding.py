@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +20,7 @@ from PIL import Image
 
 from modeling_cocoa import encoding
 from modeling_cocoa.inputs import CocoaInputError
+from modeling_cocoa.processing_cocoa import map_ahead
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 from tests.modeling_cocoa.conftest import make_image
 from tests.modeling_cocoa.test_saving import random_model
@@ -153,6 +155,55 @@ def test_a_number_of_inputs_is_that_number(module, monkeypatch):
     calls.clear()
     module.encode([f"a red apple {number}" for number in range(9)], batch_size=4, batch_tokens=40)
     assert all(rows <= 4 and tokens <= 40 for rows, tokens in calls)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_tokens": 30}, {"batch_size": 2}])
+def test_reading_in_threads_changes_nothing(module, image, tmp_path, monkeypatch, options):
+    """As for a GPU: parts of few images, inputs that occur again, files and images that are decoded late."""
+    image.save(tmp_path / "late.png")
+    late = Image.open(tmp_path / "late.png")
+    items = [*mixture(image, tmp_path), late, {"image": late, "text": "it"}, late, "a cat", tmp_path / "late.png"] * 3
+    expected = module.encode(items, **options)
+    monkeypatch.setattr(encoding, "CPU_READERS", 3)
+    monkeypatch.setattr(encoding, "IMAGE_TOKENS_OF_A_PART", 4)
+    monkeypatch.setattr(encoding, "PARTS_AHEAD", 2)
+    np.testing.assert_allclose(module.encode(iter(items), **options), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("bad", "reason"), [("", "the text is empty"), (np.zeros((9, 9, 3)), "uint8")])
+def test_threads_name_the_input_that_cannot_be_read(module, image, monkeypatch, bad, reason):
+    monkeypatch.setattr(encoding, "CPU_READERS", 3)
+    monkeypatch.setattr(encoding, "INPUTS_AT_ONCE", 4)
+    before = threading.active_count()
+    with pytest.raises(CocoaInputError, match=f"Item 9: .*{reason}"):
+        module.encode([*(f"text {number}" for number in range(9)), bad, *[image] * 20])
+    assert threading.active_count() == before, "nothing goes on behind the error"
+
+
+def test_an_image_that_is_opened_late_is_decoded_once(tmp_path, processor):
+    """Pillow reads one file; threads that decode it together would mix their places in it."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    expected = Image.open(tmp_path / "a.png").convert("RGB").tobytes()
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            late = Image.open(tmp_path / "a.png")
+            found = list(processor.read([late] * 8, pool))
+            assert all(conversation.images[0].tobytes() == expected for conversation in found)
+
+
+def test_mapping_ahead_keeps_the_order_and_is_so_many_ahead():
+    asked: list[int] = []
+
+    def items():
+        for number in range(20):
+            asked.append(number)
+            yield number
+
+    with ThreadPoolExecutor(4) as pool:
+        for place, square in enumerate(map_ahead(pool, lambda number: number**2, items(), 3)):
+            assert square == place**2
+            assert len(asked) <= place + 4
+    assert len(asked) == 20
 
 
 def test_reading_ahead_keeps_the_order_and_the_error():
