@@ -73,11 +73,24 @@ def high_water_mark() -> int:
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
-def alternate(ways: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, Measured], float]:
+def alternate(
+    ways: dict[str, Callable[[], Any]],
+    repeats: int,
+    *,
+    seconds: float = math.inf,
+    rate: Callable[[], float] = matmul_rate,
+) -> tuple[dict[str, Measured], float]:
     """
     Run several ways of doing one thing in turn, and the machine's matrix multiplication with them.
 
     Each runs once to warm up, once to measure its memory, then `repeats` times to measure its time.
+
+    Args:
+        ways (`dict[str, Callable]`).
+        repeats (`int`).
+        seconds (`float`, *optional*): After which no further round begins, but the first. Where it is given, a way
+            warms up by the one run that measures its memory.
+        rate (`Callable`): Measures the rate of matrix multiplication.
 
     Returns:
         `dict[str, Measured]`: By way; and the median rate of matrix multiplication between the runs, in operations a
@@ -85,18 +98,23 @@ def alternate(ways: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[st
     """
     results = {name: Measured() for name in ways}
     rates: list[float] = []
+    start, is_brief = time.perf_counter(), seconds < math.inf
     for name, way in ways.items():
-        way()
+        if not is_brief:
+            way()
         with PeakMemory() as memory:
             way()
         results[name].peak = memory.mib
-        way()  # finds again the memory that was given back
+        if not is_brief:
+            way()  # finds again the memory that was given back
     for _ in range(repeats):
-        rates.append(matmul_rate())
+        if rates and time.perf_counter() - start > seconds:
+            break
+        rates.append(rate())
         for name, way in ways.items():
-            start = time.perf_counter()
+            begin = time.perf_counter()
             way()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            results[name].seconds.append(time.perf_counter() - start)
+            results[name].seconds.append(time.perf_counter() - begin)
     return results, statistics.median(rates)

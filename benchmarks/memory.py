@@ -42,9 +42,8 @@ FROZEN = 2
 QUANTIZED = 0.5 + 0.127 / 8
 """Bytes of a weight in NF4: four bits, and the scale of each 64 in 8 bits and a little (QLoRA, arXiv 2305.14314)."""
 
-VISION_WIDTH = 1280
-QWEN2_VL_VISION = {"depth": 32, "embed_dim": VISION_WIDTH, "num_heads": 16, "mlp_ratio": 4}
-QWEN2_5_VL_VISION = {"depth": 32, "hidden_size": VISION_WIDTH, "intermediate_size": 3420, "num_heads": 16}
+QWEN2_VL_VISION = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4}
+QWEN2_5_VL_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
 
 
 @dataclass
@@ -60,8 +59,13 @@ class Shape:
 
     model_type: str
     text: dict[str, int]
-    vision: dict[str, int]
+    vision: dict[str, Any]
     tied: bool
+
+    @property
+    def vision_width(self) -> int:
+        """Of the vision tower."""
+        return self.vision.get("embed_dim") or self.vision["hidden_size"]
 
 
 def text_shape(hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> dict[str, int]:
@@ -88,7 +92,9 @@ def build(shape: Shape, layers: int, blocks: int, device: str) -> nn.Module:
     """A backbone of a shape, with so many layers and vision blocks, in bfloat16."""
     config_class = {"qwen2_vl": Qwen2VLConfig, "qwen2_5_vl": Qwen2_5_VLConfig}[shape.model_type]
     width = {"qwen2_vl": "hidden_size", "qwen2_5_vl": "out_hidden_size"}[shape.model_type]
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    pairs = shape.text["hidden_size"] // shape.text["num_attention_heads"] // 2
+    side = pairs * 3 // 8
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2 * side, side, side]}
     config = config_class(
         text_config={**shape.text, "num_hidden_layers": layers, "rope_parameters": rope},
         vision_config={**shape.vision, "depth": blocks, width: shape.text["hidden_size"]},
@@ -133,8 +139,8 @@ def bytes_kept(shape: Shape, dtype: torch.dtype) -> dict[str, float]:
     segments = torch.ones(2, TOKENS // 2, dtype=torch.long)
     positions = torch.arange(TOKENS).expand(3, 1, TOKENS)
     rotary = tuple(part[0] for part in model.language_model.rotary_emb(states[None], positions))
-    patches = torch.randn(TOKENS, VISION_WIDTH, dtype=dtype, requires_grad=True)
-    head = VISION_WIDTH // shape.vision["num_heads"]
+    patches = torch.randn(TOKENS, shape.vision_width, dtype=dtype, requires_grad=True)
+    head = shape.vision_width // shape.vision["num_heads"]
     turns = (torch.randn(TOKENS, head), torch.randn(TOKENS, head))
     ends = torch.arange(0, TOKENS + 1, TOKENS // 8, dtype=torch.int32)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
@@ -160,24 +166,28 @@ def count_weights(shape: Shape) -> dict[str, int]:
     }
 
 
-def activations(shape: Shape, kept: dict[str, float], value_bytes: int) -> dict[str, float]:
+def activations(
+    shape: Shape, kept: dict[str, float], value_bytes: int, tokens: int = BUDGET, patches: int = 2 * BUDGET
+) -> dict[str, float]:
     """
-    Bytes that a step of [`BUDGET`] tokens keeps, half of them image tokens of sources (four patches each).
+    Bytes that a step keeps.
 
     Args:
         shape ([`Shape`]).
         kept (`dict`): Of [`bytes_kept`].
         value_bytes (`int`): Of a value that one layer hands to the next.
+        tokens, patches (`int`): Of the step; by default half of the tokens are those of source images, four patches
+            each.
 
     Returns:
         `dict`: `kept`, everything of every layer; `checkpointed`, the input of each layer, and all of the one that
             is computed anew.
     """
-    layers, blocks, patches = shape.text["num_hidden_layers"], shape.vision["depth"], 2 * BUDGET
-    inputs = value_bytes * (BUDGET * shape.text["hidden_size"] * layers + patches * VISION_WIDTH * blocks)
+    layers, blocks = shape.text["num_hidden_layers"], shape.vision["depth"]
+    inputs = value_bytes * (tokens * shape.text["hidden_size"] * layers + patches * shape.vision_width * blocks)
     return {
-        "kept": BUDGET * kept["token"] * layers + patches * kept["patch"] * blocks,
-        "checkpointed": inputs + max(BUDGET * kept["token"], patches * kept["patch"]),
+        "kept": tokens * kept["token"] * layers + patches * kept["patch"] * blocks,
+        "checkpointed": inputs + max(tokens * kept["token"], patches * kept["patch"]),
     }
 
 

@@ -32,17 +32,17 @@ WORDS = (
 ).split()
 
 
-def build_processor(max_length: int = 4096) -> CocoaProcessor:
-    """Qwen2-VL's real tokenizer, and images of 56 to 224 pixels a side in patches of 14."""
+def build_processor(max_length: int = 4096, max_pixels: int = 224 * 224) -> CocoaProcessor:
+    """Qwen2-VL's real tokenizer, and images in patches of 14, by default of 56 to 224 pixels a side."""
     tokenizer = build_qwen2_tokenizer()
     tokenizer.model_max_length = max_length
-    sizes: dict[str, Any] = {"size": {"shortest_edge": 56 * 56, "longest_edge": 224 * 224}, "patch_size": 14}
+    sizes: dict[str, Any] = {"size": {"shortest_edge": 56 * 56, "longest_edge": max_pixels}, "patch_size": 14}
     stock = Qwen2VLProcessor(
         image_processor=Qwen2VLImageProcessor(**sizes),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**sizes),
     )
-    return CocoaProcessor(stock, min_pixels=56 * 56, max_pixels=224 * 224, max_length=max_length)
+    return CocoaProcessor(stock, min_pixels=56 * 56, max_pixels=max_pixels, max_length=max_length)
 
 
 def save_118m(folder: Path) -> Path:

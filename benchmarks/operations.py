@@ -18,19 +18,37 @@ VISION_RATIO = 4
 """Patches that are merged to one token."""
 
 
-def matmul_rate(seconds: float = 0.3) -> float:
-    """The machine's rate of matrix multiplication in float32, in floating-point operations a second: the median."""
-    on = device()
-    left, right = torch.randn(1024, 2048, device=on), torch.randn(2048, 2048, device=on)
+def matmul_rate(
+    seconds: float = 0.3, sizes: tuple[int, int, int] = (1024, 2048, 2048), dtype: torch.dtype = torch.float32
+) -> float:
+    """
+    The machine's rate of matrix multiplication, in floating-point operations a second: the median.
+
+    Args:
+        seconds (`float`): For which it is measured.
+        sizes (`tuple[int, int, int]`): Rows, inner width and columns.
+        dtype (`torch.dtype`).
+    """
+    on, (rows, inner, columns) = device(), sizes
+    left = torch.randn(rows, inner, device=on, dtype=dtype)
+    right = torch.randn(inner, columns, device=on, dtype=dtype)
     rates: list[float] = []
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
+        if on == "cuda":
+            torch.cuda.synchronize()
         begin = time.perf_counter()
         left @ right
         if on == "cuda":
             torch.cuda.synchronize()
-        rates.append(2 * 1024 * 2048 * 2048 / (time.perf_counter() - begin))
+        rates.append(2 * rows * inner * columns / (time.perf_counter() - begin))
     return float(np.median(rates))
+
+
+def bfloat16_rate() -> float:
+    """[`matmul_rate`] in bfloat16, of matrices that fill a GPU."""
+    size = 8192 if device() == "cuda" else 256
+    return matmul_rate(0.1, (size, size, size), torch.bfloat16)
 
 
 def weights_of(modules: Iterable[nn.Module]) -> int:
@@ -63,14 +81,22 @@ def text_operations(model: CocoaModelMixin, spans: Iterable[tuple[int, int]], eo
 
 
 def vision_operations(model: CocoaModelMixin, grid_thw: Tensor | None) -> float:
-    """Operations of the vision tower, forward: counted as those of the text layers, each image seeing itself."""
+    """
+    Operations of the vision tower, forward: counted as those of the text layers, each patch seeing its image, or its
+    window in the blocks that have windows.
+    """
     if grid_thw is None:
         return 0.0
     visual, sizes = model.visual, grid_thw.prod(-1).double()
-    width = visual.blocks[0].attn.proj.weight.shape[0]
+    width, blocks = visual.blocks[0].attn.proj.weight.shape[0], len(visual.blocks)
     weights = weights_of(visual.blocks) + visual.patch_embed.proj.weight.numel()
     weights += weights_of([visual.merger]) / VISION_RATIO
-    return float(2 * weights * sizes.sum() + 4 * width * len(visual.blocks) * sizes.square().sum())
+    whole = blocks
+    if hasattr(visual, "fullatt_block_indexes"):
+        whole = sum(index < blocks for index in visual.fullatt_block_indexes)
+    window = (visual.window_size // visual.patch_size) ** 2 if whole < blocks else 1
+    products = whole * sizes.square().sum() + (blocks - whole) * (sizes * sizes.clamp(max=window)).sum()
+    return float(2 * weights * sizes.sum() + 4 * width * products)
 
 
 def embedding_operations(model: CocoaModelMixin, rows: Iterable[dict[str, Tensor]]) -> float:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torchao.quantization import Int8WeightOnlyConfig
 from transformers import TorchAoConfig
 
 from evaluation.emoji import load_emoji, recalls
@@ -27,6 +26,8 @@ def bench_precision(folder: Path, trained: Path, count: int, repeats: int) -> di
         `dict`: By precision, texts a second and memory of the weights with `folder`; with the `trained` model, on all
         emoji, the cosines with the vectors of float32 and the recall from names to Noto pictures among 1,906.
     """
+    from torchao.quantization import Int8WeightOnlyConfig
+
     options: dict[str, dict[str, Any]] = {
         "float32": {},
         "bfloat16": {"dtype": "bfloat16"},

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from sentence_transformers.util import batch_to_device
 from torch import nn
 
-from modeling_cocoa import CocoaTransformer
+from modeling_cocoa import CocoaProcessor, CocoaTransformer
 from modeling_cocoa.attention import attention_mask_for
 from modeling_cocoa.heads import attach_mask_token
+from modeling_cocoa.losses import normalize_patches
 from modeling_cocoa.packing import pack
 from modeling_cocoa.reconstruction import CocoaForReconstruction
 from trainers.collators import ReconstructionCollator, model_arguments
@@ -30,12 +32,12 @@ FORWARD_AND_BACKWARD = 3
 
 
 def plain_loss(model: CocoaForReconstruction, batch: dict[str, Any]) -> torch.Tensor:
-    """A layerwise bridge step on pairs written straight down: padded rows, a dense mask, logits of every token."""
+    """A step of stage 1 or 2 written straight down: padded rows, a dense mask, logits of every token."""
     backbone, ids, segments = model.model, batch["input_ids"], batch["segment_ids"]
     is_image = ids == backbone.config.image_token_id
     embeds = backbone.get_input_embeddings()(ids)
     features = model._image_features(batch["pixel_values"], batch["image_grid_thw"], batch["image_is_target"])
-    embeds = embeds.masked_scatter(is_image[..., None], features)
+    embeds = embeds.masked_scatter(is_image[..., None], features.to(embeds))
     positions = backbone.mrope_positions(ids, batch["attention_mask"], batch["image_grid_thw"])
     mask = attention_mask_for("sdpa", segments, None, embeds.dtype, model.eos_sees_target)
     text = backbone.language_model
@@ -45,12 +47,19 @@ def plain_loss(model: CocoaForReconstruction, batch: dict[str, Any]) -> torch.Te
         attention_mask=dict.fromkeys(set(text.config.layer_types), mask),
         use_cache=False,
     ).last_hidden_state
-    logits = hidden @ backbone.get_input_embeddings().weight.T
+    head = backbone.get_input_embeddings() if model.lm_head is None else model.lm_head
+    logits = hidden @ head.weight.T
     losses = nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="none"
     ).view(ids.shape[0], -1)
-    masked = batch["labels"][:, 1:] != -100
-    return losses[masked].mean()
+    loss = losses[batch["labels"][:, 1:] != -100].mean()
+    if not bool(batch["unit_mask"].any()):
+        return loss
+    units = torch.zeros_like(is_image)
+    units[is_image] = batch["unit_mask"]
+    pixels = model._decode(hidden, positions, units, {"attention_mask": mask})
+    targets = normalize_patches(batch["pixel_labels"].view(-1, *pixels.shape[1:])[batch["unit_mask"]].float())
+    return loss + model.image_loss_weight * (pixels.float() - targets).square().mean()
 
 
 def relative_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
@@ -69,6 +78,16 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return found
 
 
+def pretraining_batch(processor: CocoaProcessor, stage: str, pairs: Iterable[tuple[Any, str]]) -> dict[str, Any]:
+    """Pairs of an image and a text as the arguments of a step of a stage, on the device."""
+    items = [
+        {"query": image, "positive": text, "seed": (0, number), "index": number}
+        for number, (image, text) in enumerate(pairs)
+    ]
+    batch = model_arguments(ReconstructionCollator(processor, stage=stage)(items))
+    return {name: value.to(device()) for name, value in batch.items()}
+
+
 def bench_pretraining(folder: Path, rows: int, repeats: int) -> dict[str, Any]:
     """
     Measure a bridge step, forward and backward.
@@ -80,13 +99,7 @@ def bench_pretraining(folder: Path, rows: int, repeats: int) -> dict[str, Any]:
     module = CocoaTransformer(folder).to(device())
     model = CocoaForReconstruction(module.model).train()
     attach_mask_token(model.model, module.processor.mask_token_id)
-    collator = ReconstructionCollator(module.processor, stage="bridge")
-    items = [
-        {"query": image, "positive": text, "seed": (0, number), "index": number}
-        for number, (image, text) in enumerate(zip(make_images(rows), make_texts(rows), strict=True))
-    ]
-    batch = collator(items)
-    batch = {name: value.to(device()) for name, value in model_arguments(batch).items()}
+    batch = pretraining_batch(module.processor, "bridge", zip(make_images(rows), make_texts(rows), strict=True))
     ways = {PLAIN: lambda: plain_loss(model, batch), "packed": lambda: model(**batch).loss}
     losses = {name: float(way().detach()) for name, way in ways.items()}
     found = {name: gradients(model, way()) for name, way in ways.items()}
@@ -118,13 +131,16 @@ def bench_pretraining(folder: Path, rows: int, repeats: int) -> dict[str, Any]:
 
 
 def pretraining_operations(model: CocoaForReconstruction, batch: dict[str, Any]) -> float:
-    """What a bridge step on pairs needs, forward: images, text layers, logits of masked places."""
+    """What a step on pairs needs, forward: images, text layers, logits of masked places, pixels of masked units."""
     packing = pack(batch["segment_ids"], model.eos_sees_target)
     spans = [(length, length) for length in packing.sources.lengths]
     spans += [(length, length + 1) for length in packing.targets.lengths]
     text = text_operations(model.model, spans, eos_only=False)
     vision = vision_operations(model.model, batch["image_grid_thw"])
     head = model.model.get_input_embeddings().weight.numel() * int((batch["labels"] != -100).sum())
+    if units := int(batch["unit_mask"].sum()):
+        text *= 1 + len(model.image_decoder.layers) / len(model.model.language_model.layers)
+        head += model.image_decoder.projection.weight.numel() * units
     return text + vision + 2.0 * head
 
 
