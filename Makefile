@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 export TORCH_LOGS := -torch.utils._pytree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix lint chaos bench ablation ablation-pretrained matryoshka
+.PHONY: help demo test test-matrix lint chaos bench gpu gpu-wheels ablation ablation-pretrained matryoshka
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,12 @@ chaos: $(INSTALLED) ## kill training runs and evaluations at random moments, man
 
 bench: $(INSTALLED) ## measure speed and memory (25 minutes, on a machine that does nothing else); BENCH="--only encode": a part
 	@$(BIN)/python -m benchmarks $(BENCH)
+
+gpu: $(INSTALLED) ## on a machine with a CUDA GPU: its tests and measurements, most worthwhile first (8 minutes; docs/gpu.md)
+	@$(BIN)/python .ci/gpu.py run --output runs/gpu-results $(GPU)
+
+gpu-wheels: $(INSTALLED) ## collect in .wheels/ what a GPU machine without a network lacks; GPU="--has FILE": its pip freeze
+	@$(BIN)/python .ci/gpu.py prepare $(GPU)
 
 ablation: $(INSTALLED) ## does reconstruction help? 20 training runs on emoji, 2 at once, for hours; call it again to go on
 	@$(BIN)/python -m benchmarks.ablation run $(ABLATION)
