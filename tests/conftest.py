@@ -86,9 +86,17 @@ def sharpen(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the tests marked `gpu` run."""
+    parser.addoption(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="of the gpu tests; cpu runs them in miniature"
+    )
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a GPU where there is none."""
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+    """Skip what needs a GPU where there is none, unless asked to run it on the CPU."""
+    on_cpu = item.config.getoption("device") == "cpu"
+    if item.get_closest_marker("gpu") and not on_cpu and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 
 
