@@ -146,18 +146,29 @@ class Embedder:
         """
         positions = list(part.read)
         try:
-            rows = self.processor.encode(list(part.read.values()), prompt=prompt)
+            rows = self.make_tensors(list(part.read.values()), prompt)
         except CocoaInputError as error:
             raise CocoaInputError(error.reason, positions[error.position or 0]) from error
-        if self.model.device.type == "cuda":
-            # As the vision tower takes them, half as many bytes, and where the GPU fetches them while it works.
-            for row in rows:
-                for name in row.keys() & {"pixel_values", "pixel_values_videos"}:
-                    row[name] = row[name].to(self.model.visual.dtype).pin_memory()
         part.rows.update(zip(positions, rows, strict=True))
         part.images.update((position, conversation.image_digests) for position, conversation in part.read.items())
         part.read.clear()
         return part
+
+    def make_tensors(self, inputs: list[Conversation], prompt: str | None) -> list[dict[str, Tensor]]:
+        """What [`CocoaProcessor.encode`] gives, pixels in the precision in which the vision tower takes them."""
+        device, dtype = self.model.device, self.model.visual.dtype
+        # In half precision, which rounds pixels as much as a GPU's resizing differs.
+        if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+            return self.processor.encode(inputs, prompt=prompt)
+        try:
+            rows = self.processor.encode(inputs, prompt=prompt, device=device)
+            for row in rows:
+                for name in row.keys() & {"pixel_values", "pixel_values_videos"}:
+                    row[name] = row[name].to(dtype)
+            return rows
+        except torch.OutOfMemoryError:
+            logger.warning("The GPU's memory does not suffice for pixels; the CPU makes them of some images.")
+        return self.processor.encode(inputs, prompt=prompt)
 
     def read_images(self, images: dict[bytes, tuple[Tensor, Tensor]]) -> None:
         """Have the features of some images, by digest, each of which comes as pixels and grid."""
@@ -170,7 +181,7 @@ class Embedder:
 
         def work(batch: list[bytes]) -> None:
             device = self.model.device
-            pixels = torch.cat([images[digest][0].to(device, non_blocking=True) for digest in batch])
+            pixels = torch.cat([images[digest][0].to(device) for digest in batch])
             grids = torch.stack([images[digest][1] for digest in batch]).to(device)
             self.features.update(zip(batch, self.model.read_images(pixels, grids), strict=True))
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, Qwen2_5_VLProcessor, Qwen2VLProcessor
 
 from .chat_template import build_chat_template
-from .inputs import CocoaInputError, Conversation, Stretched, read_input
+from .inputs import CocoaInputError, Conversation, Stretched, media_kind, read_input
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +223,7 @@ class CocoaProcessor:
                 conversation.digest  # noqa: B018 - worked out here, in the thread, and kept
             return conversation, conversation is not item
 
-        readings = map(read_one, inputs) if pool is None else map_ahead(pool, read_one, inputs, READ_AHEAD)
+        readings = map(read_one, inputs) if pool is None else map_ahead(pool, read_one, inputs, READ_AHEAD, is_text)
         has_warned = False
         for position in count():
             try:
@@ -249,6 +249,7 @@ class CocoaProcessor:
         prompt: str | None = None,
         max_length: int | None = None,
         add_special_tokens: bool = True,
+        device: torch.device | str | None = None,
     ) -> list[dict[str, Tensor]]:
         """
         Encode a list of inputs, without padding. Images become patches a few at a time: they are not held decoded.
@@ -262,6 +263,8 @@ class CocoaProcessor:
                 last text tokens are dropped beyond it, never tokens of an image or a video.
             add_special_tokens (`bool`, defaults to `True`): Without them an input is its content alone, with neither
                 the header of its first message nor the EOS: what a target of reconstruction is.
+            device (`torch.device` or `str`, *optional*): Where images and frames are resized and cut into patches, and
+                where these stay; by default the CPU. A GPU rounds resized pixels otherwise: some by 1 of 255.
 
         Returns:
             `list[dict]`: One an input, with `input_ids` and `mm_token_type_ids` (0 text, 1 image, 2 video) of shape
@@ -283,19 +286,25 @@ class CocoaProcessor:
             pending.append(conversation)
             pixels += conversation.pixels(0, sys.maxsize)
             if pixels >= PIXELS_AT_ONCE:
-                rows += self._encode_part(pending, len(rows), prompt, limit, add_special_tokens)
+                rows += self._encode_part(pending, len(rows), prompt, limit, add_special_tokens, device)
                 pending, pixels = [], 0
                 del conversation
                 malloc_trim()(0)
         if pending:
-            rows += self._encode_part(pending, len(rows), prompt, limit, add_special_tokens)
+            rows += self._encode_part(pending, len(rows), prompt, limit, add_special_tokens, device)
         return rows
 
     def _encode_part(
-        self, conversations: Sequence[Conversation], first: int, prompt: str | None, limit: int, with_frame: bool
+        self,
+        conversations: Sequence[Conversation],
+        first: int,
+        prompt: str | None,
+        limit: int,
+        with_frame: bool,
+        device: torch.device | str | None,
     ) -> list[dict[str, Tensor]]:
         """[`~CocoaProcessor.encode`] of some inputs, of which `first` is the position of the first."""
-        features = self._call_stock(conversations, prompt, with_header=with_frame)
+        features = self._call_stock(conversations, prompt, with_frame, device)
         images = _split_media(features, "pixel_values", "image_grid_thw", [len(c.images) for c in conversations])
         videos = _split_media(
             features, "pixel_values_videos", "video_grid_thw", [len(c.videos) for c in conversations]
@@ -345,7 +354,11 @@ class CocoaProcessor:
         return BatchFeature(batch)
 
     def _call_stock(
-        self, conversations: Sequence[Conversation], prompt: str | None, with_header: bool = True
+        self,
+        conversations: Sequence[Conversation],
+        prompt: str | None,
+        with_header: bool = True,
+        device: torch.device | str | None = None,
     ) -> BatchFeature:
         """Render and tokenize with the stock processor, with neither padding nor truncation."""
         system = [{"role": "system", "content": [{"type": "text", "text": prompt}]}] if prompt else []
@@ -356,10 +369,11 @@ class CocoaProcessor:
         media: dict[str, Any] = {}
         if images := [image for c in conversations for image in c.images]:
             media["images"] = images
+            media["images_kwargs"] = {"device": device}
         if videos := [video for c in conversations for video in c.videos]:
             metadata = [entry for c in conversations for entry in c.video_metadata]
             media["videos"] = videos
-            media["videos_kwargs"] = {"do_sample_frames": False, "video_metadata": metadata}
+            media["videos_kwargs"] = {"do_sample_frames": False, "video_metadata": metadata, "device": device}
         options = {"padding": False, "truncation": False, "verbose": False}
         if not media:  # what the stock processor gives, without its search for images in each text
             return self.tokenizer(texts, **options)
@@ -383,15 +397,30 @@ class CocoaProcessor:
         return ids[keep]
 
 
-def map_ahead(pool: Executor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+def is_text(item: Any) -> bool:
+    """Whether an input is read as a text without a look at any file."""
+    return isinstance(item, str) and media_kind(item) is None
+
+
+def map_ahead(
+    pool: Executor,
+    work: Callable[[T], R],
+    items: Iterable[T],
+    ahead: int,
+    is_little: Callable[[T], bool] = lambda item: False,
+) -> Iterator[R]:
     """
     `map` in the threads of a pool, in order.
 
     Args:
         ahead (`int`): Items that are worked on beyond the one that is asked for.
+        is_little (`Callable`, *optional*): Whether an item is less work than handing it to a thread.
     """
     pending: deque[Future[R]] = deque()
     for item in items:
+        if not pending and is_little(item):
+            yield work(item)
+            continue
         pending.append(pool.submit(work, item))
         if len(pending) > ahead:
             yield pending.popleft().result()
