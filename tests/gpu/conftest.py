@@ -58,8 +58,10 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
 def lost(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """Of all gradients as one vector, the length of the difference against that of the right one."""
     assert found.keys() == expected.keys() and expected
-    differences = torch.stack([(found[name].double() - value.double()).norm() for name, value in expected.items()])
-    return float(differences.norm() / torch.stack([value.double().norm() for value in expected.values()]).norm())
+    differences = torch.stack(
+        [(found[name].double().cpu() - value.double().cpu()).norm() for name, value in expected.items()]
+    )
+    return float(differences.norm() / torch.stack([value.double().norm().cpu() for value in expected.values()]).norm())
 
 
 def lost_cosine(found: Any, expected: Any) -> float:
