@@ -140,23 +140,38 @@ def arm_recipe(recipe: dict[str, Any], arm: Arm, seed: int, output_dir: Path) ->
     return Recipe(**{**values, "stages": stages, "seed": seed, "output_dir": str(output_dir)})
 
 
-def run_arm(recipe: Any, arm: Arm, settings: Settings, split: str) -> dict[str, Any]:
+@contextmanager
+def on_device(recipe: Any) -> Iterator[None]:
+    """Within it a recipe runs on what this machine has; its stages are changed for that."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    torch.set_num_threads(recipe.num_threads or torch.get_num_threads())
+    kernel: Any = nullcontext()
+    if torch.cuda.is_available():
+        options = {"save_strategy": "no"}  # a stage takes less time than some checkpoints
+    else:
+        options = {"use_cpu": True}  # or transformers refuses bf16
+        kernel = sdpa_kernel(SDPBackend.MATH)  # the backward pass of the other one is slow for short texts
+    recipe.stages = {stage: {**given, **options} for stage, given in recipe.stages.items()}
+    with kernel:
+        yield
+
+
+def train_arm(recipe: Any, arm: Arm, settings: Settings) -> str:
     """
-    Train one arm from one seed, and judge it.
+    Train the stages of one run, as far as they have not ended.
 
     Returns:
-        `dict`: What the task says of the model (see its `judge`), `logs` of each stage, and `seconds` of each that ran
-            without interruption.
+        `str`: The folder of the last stage's model.
 
     Raises:
         SystemExit: stage 1 did not get below [`Settings`]' `warmup_loss`.
     """
-    import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import TrainerCallback
 
     from evaluation.assets import find_file
-    from modeling_cocoa import CocoaTransformer
     from trainers.recipe import run_recipe
 
     class WriteLog(TrainerCallback):
@@ -182,14 +197,30 @@ def run_arm(recipe: Any, arm: Arm, settings: Settings, split: str) -> dict[str, 
         loss = read_log(recipe, "warmup")[-1].get("eval_loss")
         if settings.warmup_loss is not None and not loss < settings.warmup_loss:
             raise SystemExit(f"The loss of stage 1 is {loss}, not below {settings.warmup_loss}: make it longer.")
-    module = CocoaTransformer(train(recipe)).eval()
+    return train(recipe)
+
+
+def run_arm(recipe: Any, arm: Arm, settings: Settings, split: str) -> dict[str, Any]:
+    """
+    Train one arm from one seed (see [`train_arm`]), and judge it.
+
+    Returns:
+        `dict`: What the task says of the model (see its `judge`), `logs` of each stage, and `seconds` of each that ran
+            without interruption.
+    """
+    import torch
+
+    from modeling_cocoa import CocoaTransformer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module = CocoaTransformer(train_arm(recipe, arm, settings)).to(device).eval()
     if arm.causal:
         make_causal(module.model)
     logs = {stage: read_log(recipe, stage) for stage in recipe.stages}
     seconds = {
         stage: entry["train_runtime"] for stage, log in logs.items() for entry in log if "train_runtime" in entry
     }
-    with torch.autocast(module.model.device.type, torch.bfloat16, bool(recipe.stages["contrastive"].get("bf16"))):
+    with torch.autocast(device, torch.bfloat16, bool(recipe.stages["contrastive"].get("bf16"))):
         found = TASKS[settings.task].judge(module.model, module.processor, split)
     return {**found, "seconds": seconds, "logs": logs}
 
@@ -251,22 +282,13 @@ def one(
     split: Split = "test",
 ) -> None:
     """Train and measure one arm from one seed."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     values = Settings.load(settings)
     results, work = results or RESULTS / settings.stem, work or RUNS / settings.stem
     check_arms([arm], values.arms)
     folder = work / arm / f"seed-{seed}"
     recipe = arm_recipe(values.recipe, values.arms[arm], seed, folder)
-    torch.set_num_threads(recipe.num_threads or torch.get_num_threads())
-    kernel = nullcontext()
-    if not torch.cuda.is_available():
-        kernel = sdpa_kernel(SDPBackend.MATH)  # the backward pass of the other one is slow for short texts
-        for options in recipe.stages.values():
-            options["use_cpu"] = True  # or transformers refuses bf16
     TASKS[values.task].prepare()
-    with kernel:
+    with on_device(recipe):
         result = run_arm(recipe, values.arms[arm], values, split)
     path = result_path(results, arm, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,8 +308,13 @@ def run_all(
     results: Results = None,
     work: Work = None,
     split: Split = "test",
+    minutes: Annotated[float | None, typer.Option(help="Then runs are stopped; the next call goes on.")] = None,
 ) -> None:
-    """Run every arm that has no result yet, two at a time, then write the table and the plot."""
+    """
+    Run every arm that has no result yet, some at a time, then write the table and the plot. A run that fails is named
+    at the end, and the others go on.
+    """
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     values = Settings.load(settings)
     results, work = results or RESULTS / settings.stem, work or RUNS / settings.stem
     chosen = only or list(values.arms)
@@ -296,11 +323,12 @@ def run_all(
     wanted = [(arm, seed) for seed in range(seeds) for arm in chosen]
     waiting = [run for run in wanted if not result_path(results, *run).exists()]
     running: dict[tuple[str, int], subprocess.Popen] = {}
+    failed: list[tuple[str, int]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("starting", total=len(wanted), completed=len(wanted) - len(waiting))
         try:
-            while waiting or running:
+            while (waiting or running) and (deadline is None or time.monotonic() < deadline):
                 while waiting and len(running) < jobs:
                     run = waiting.pop(0)
                     running[run] = start_run(*run, settings, results, work, split)
@@ -312,13 +340,18 @@ def run_all(
                         continue
                     del running[run]
                     if process.returncode:
-                        log = log_path(work, *run)
-                        raise SystemExit(f"{run[0]} {run[1]} failed; the end of {log}:\n{log.read_text()[-3000:]}")
+                        failed.append(run)
                     progress.advance(task)
         finally:
             for process in running.values():
                 process.terminate()
-    report(settings, results)
+                process.wait()
+    if any(result_path(results, *run).exists() for run in wanted):
+        report(settings, results)
+    if failed:
+        logs = {f"{arm} {seed}": log_path(work, arm, seed) for arm, seed in failed}
+        ends = (f"{run} failed; the end of {log}:\n{log.read_text()[-3000:]}" for run, log in logs.items())
+        raise SystemExit("\n".join(ends))
 
 
 def log_path(work: Path, arm: str, seed: int) -> Path:

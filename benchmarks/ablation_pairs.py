@@ -26,7 +26,7 @@ from .smollm2 import as_backbone, as_processor, check_start, load_smollm2
 
 FOLDER = Path("runs") / "ablation_data"
 """Where the data of all tasks is made, and the model that every run starts from."""
-MAX_LENGTH = 128
+MAX_LENGTH = 160
 """Tokens of an input, at most; longer than any text of the sets."""
 TEXTS = 64
 """Of a set, by which the start is checked."""
@@ -70,15 +70,19 @@ class PairTask:
         return FOLDER / f"{self.name}.parquet"
 
     def prepare(self) -> None:
-        """Write the rows, what is known of them, and the model that every run starts from, once."""
+        """
+        Write the rows, what is known of them, and the model that every run starts from, once; rows that are there
+        already stay.
+        """
         facts, start = self.path.with_suffix(".json"), FOLDER / "start"
         if facts.is_file() and (start / "modules.json").is_file():
             return
         FOLDER.mkdir(parents=True, exist_ok=True)
         llama, tokenizer = load_smollm2()
-        rows = split_rows(self.read(tokenizer), self.sizes)
-        with written_whole(self.path) as file:
-            rows.to_parquet(str(file))
+        if not self.path.is_file():
+            with written_whole(self.path) as file:
+                split_rows(self.read(tokenizer), self.sizes).to_parquet(str(file))
+        rows = Dataset.from_parquet(str(self.path))
         texts = {name: self.texts(rows, name) for name in ("train", "validation")}
         tokens = {name: tokenizer(part, add_special_tokens=False)["input_ids"] for name, part in texts.items()}
         processor = as_processor(tokenizer, MAX_LENGTH)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +103,31 @@ def test_a_run_is_kept_and_its_checkpoints_are_not(tmp_path):
         assert not (tmp_path / "work" / arm / "seed-0").exists()
     wrong = CliRunner().invoke(ablation.app, ["one", "nothing", "0", *map(str, options)])
     assert wrong.exit_code != 0 and "causal" in wrong.output
+
+
+def test_runs_that_fail_or_take_too_long_do_not_spoil_the_others(tmp_path, monkeypatch):
+    started = []
+
+    def start(arm, seed, settings, results, work, split):
+        log, path = ablation.log_path(work, arm, seed), ablation.result_path(results, arm, seed)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("it broke")
+        if arm != "bridge":
+            path.write_text(json.dumps(made_up(0.5, seed)))
+        seconds = 60 if arm == "bridge_only" else 0
+        code = f"import time; time.sleep({seconds}); raise SystemExit({int(arm == 'bridge')})"
+        started.append(subprocess.Popen([sys.executable, "-c", code]))
+        return started[-1]
+
+    monkeypatch.setattr(ablation, "start_run", start)
+    options = ["--seeds", "1", "--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+    arms = [part for arm in ("bridge", "two_sided", "longer") for part in ("--only", arm)]
+    result = CliRunner().invoke(ablation.app, ["run", "--jobs", "1", *arms, *options])
+    assert result.exit_code == 1 and "bridge 0 failed" in str(result.exception) and "it broke" in str(result.exception)
+    assert (tmp_path / "results" / "table.md").read_text().count("\n") == 4
+    result = CliRunner().invoke(ablation.app, ["run", "--only", "bridge_only", "--minutes", "0.02", *options])
+    assert result.exit_code == 0 and len(started) == 4 and started[-1].returncode != 0, "stopped"
 
 
 def test_hits_are_the_share_of_ways_that_found_an_item():

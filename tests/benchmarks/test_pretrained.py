@@ -162,6 +162,19 @@ def test_splits_share_nothing_and_are_always_the_same():
     assert sum(made["labelled"]) == 2 and {row["split"] for row in made if row["labelled"]} == {"train"}
 
 
+def test_rows_that_are_there_stay(tmp_path, monkeypatch, llama, processor):
+    monkeypatch.chdir(tmp_path)
+    ablation_pairs.FOLDER.mkdir(parents=True)
+    rows = Dataset.from_dict({"lemma": [f"word {i}" for i in range(40)], "gloss": [f"number {i}" for i in range(40)]})
+    split_rows(rows, {"validation": 16, "test": 8}).to_parquet(str(TASK.path))
+    before = TASK.path.read_bytes()
+    monkeypatch.setattr(ablation_pairs, "load_smollm2", lambda: (llama, processor.tokenizer))
+    TASK.prepare()  # WordNet itself is not read
+    facts = json.loads(TASK.path.with_suffix(".json").read_text())
+    assert TASK.path.read_bytes() == before and facts["rows"] == {"validation": 16, "test": 8, "train": 16}
+    assert facts["start"]["difference"] < 1e-4 and (ablation_pairs.FOLDER / "start" / "modules.json").is_file()
+
+
 def test_an_arm_runs_from_the_start_to_its_ranks(tmp_path, monkeypatch, llama, processor):
     monkeypatch.chdir(tmp_path)
     ablation_pairs.FOLDER.mkdir(parents=True)
