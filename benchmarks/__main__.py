@@ -127,7 +127,10 @@ def measure(
     output = output or (Path(gettempdir()) / "small.json" if small else RESULTS / f"{device()}.json")
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        ours, shapes = parts_of(folder, items, rows, repeats), shape_parts_of(SMALL if small else PUBLISHED, repeats)
+        ours, shapes = (
+            parts_of(folder, items, rows, repeats),
+            shape_parts_of(SMALL if small else PUBLISHED, min(repeats, 3)),
+        )
         parts = {**ours, **shapes}
         chosen = only or list(shapes if small or on_gpu else ours)
         if unknown := [part for part in chosen if part not in parts]:

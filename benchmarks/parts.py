@@ -83,15 +83,13 @@ def run_part(part: Part, done: Callable[[dict[str, Any], dict[str, str]], None])
     try:
         with time_limit(part.seconds):
             works = iter(part.works())
-            while True:
-                name = "preparation"
-                if (found := next(works, None)) is None:
-                    break
+            while (found := next(works, None)) is not None:
                 name, work = found
                 try:
                     done(work(), {})
                 except Exception as error:
                     note(error)
+                name = "preparation"
                 del work, found
                 free_memory()
     except (Exception, TimeLimitError) as error:

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from sentence_transformers.util import batch_to_device
+from sentence_transformers.util import batch_to_device, cos_sim
 from torch import Tensor, nn
 
 from modeling_cocoa.reconstruction import CocoaForReconstruction
@@ -139,7 +139,7 @@ def contrastive_step(models: Models, texts: list[str], images: list[Any]) -> Ste
 
     def loss_of(tree: SentenceTransformer) -> Callable[[], Tensor]:
         features = [batch_to_device(tree.preprocess(items), tree.device) for items in (texts, images)]
-        loss = MultipleNegativesRankingLoss(tree, scale=20.0)
+        loss = MultipleNegativesRankingLoss(tree, scale=20.0, similarity_fct=exact_cosines)
         return lambda: loss([dict(part) for part in features], None)
 
     rows = [row for items in (texts, images) for row in models.ours.processor.encode(items)]
@@ -151,6 +151,12 @@ def contrastive_step(models: Models, texts: list[str], images: list[Any]) -> Ste
         sum(len(row["input_ids"]) for row in rows),
         int(torch.cat(grids).prod(-1).sum()),
     )
+
+
+def exact_cosines(first: Tensor, second: Tensor) -> Tensor:
+    """Cosines in float32: vectors of random weights are so alike that bfloat16 would round their differences away."""
+    with torch.autocast(device(), enabled=False):
+        return cos_sim(first.float(), second.float())
 
 
 def measure_step(
