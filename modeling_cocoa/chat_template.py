@@ -59,6 +59,16 @@ PROCESSOR_PLACEHOLDER = "<|placeholder|>"
 """transformers before 5.3 turns this string into image tokens, though it is no token of the vocabulary."""
 
 
+def control_tokens_of(added: Iterable[str]) -> list[str]:
+    """
+    Strings of a text that its readers would take for more than a text.
+
+    Args:
+        added (`Iterable[str]`): What the tokenizer reads as one token wherever it occurs.
+    """
+    return sorted({*added, PROCESSOR_PLACEHOLDER})
+
+
 def build_chat_template(control_tokens: Iterable[str]) -> str:
     """
     The Jinja chat template of a CoCoA processor.
@@ -73,13 +83,12 @@ def build_chat_template(control_tokens: Iterable[str]) -> str:
     and a message without content raise an error.
 
     Args:
-        control_tokens (`Iterable[str]`): Strings that the tokenizer reads as one token wherever they occur.
+        control_tokens (`Iterable[str]`): Of [`control_tokens_of`].
 
     Returns:
         `str`: The template, with the control tokens written into it.
     """
-    tokens = sorted({*control_tokens, PROCESSOR_PLACEHOLDER})
-    values = {"CONTROL_TOKENS": tokens, "UNKNOWN_PART": UNKNOWN_PART}
+    values = {"CONTROL_TOKENS": list(control_tokens), "UNKNOWN_PART": UNKNOWN_PART}
     template = TEMPLATE.strip()
     for name, value in values.items():
         template = template.replace(name, json.dumps(value, ensure_ascii=False))

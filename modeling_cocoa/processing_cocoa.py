@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, Qwen2_5_VLProcessor, Qwen2VLProcessor
 
-from .chat_template import build_chat_template
+from .chat_template import build_chat_template, control_tokens_of
 from .inputs import CocoaInputError, Conversation, Stretched, media_kind, read_input
 
 logger = logging.getLogger(__name__)
@@ -134,8 +135,10 @@ class CocoaProcessor:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=f"$A {EOS_TOKEN}", pair=f"$A $B {EOS_TOKEN}", special_tokens=[(EOS_TOKEN, eos_id)]
         )
-        template = build_chat_template(tokenizer.get_added_vocab())
+        control_tokens = control_tokens_of(tokenizer.get_added_vocab())
+        template = build_chat_template(control_tokens)
         self.processor.chat_template = tokenizer.chat_template = template
+        self._control_tokens = re.compile("|".join(map(re.escape, control_tokens)))
         self._vision_ids = torch.tensor(
             tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])
         )
@@ -361,8 +364,7 @@ class CocoaProcessor:
         device: torch.device | str | None = None,
     ) -> BatchFeature:
         """Render and tokenize with the stock processor, with neither padding nor truncation."""
-        system = [{"role": "system", "content": [{"type": "text", "text": prompt}]}] if prompt else []
-        texts = self.processor.apply_chat_template([system + c.messages for c in conversations], tokenize=False)
+        texts = self._render([c.messages for c in conversations], prompt)
         if not with_header:
             # Cut before tokenizing: a text that begins with a line break shares a token with the header's.
             texts = [text.partition("\n")[2] for text in texts]
@@ -378,6 +380,31 @@ class CocoaProcessor:
         if not media:  # what the stock processor gives, without its search for images in each text
             return self.tokenizer(texts, **options)
         return self.processor(text=texts, text_kwargs=options, **media)
+
+    def _render(self, conversations: Sequence[list[dict[str, Any]]], prompt: str | None) -> list[str]:
+        """
+        The chat template of conversations, filled in. It is filled in once for all that are one message with one text
+        in which nothing has to be escaped: the template puts such a text last, as it is.
+        """
+        system = [{"role": "system", "content": [{"type": "text", "text": prompt}]}] if prompt else []
+        forms: dict[tuple[str, ...], int] = {}
+        rendered: list[list[dict[str, Any]]] = []
+        places: list[tuple[int, str]] = []
+        for messages in conversations:
+            texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
+            if len(messages) > 1 or len(texts) != 1 or self._control_tokens.search(texts[0]):
+                places.append((len(rendered), ""))
+                rendered.append(system + messages)
+                continue
+            role, content = messages[0]["role"], messages[0]["content"]
+            form = (role, *(part["type"] for part in content if part["type"] != "text"))
+            if form not in forms:
+                forms[form] = len(rendered)
+                media = [{"type": kind} for kind in form[1:]]
+                rendered.append([*system, {"role": role, "content": [*media, {"type": "text", "text": ""}]}])
+            places.append((forms[form], texts[0]))
+        filled = self.processor.apply_chat_template(rendered, tokenize=False)
+        return [filled[place] + text for place, text in places]
 
     def _truncate(self, ids: Tensor, limit: int, position: int, has_eos: bool) -> Tensor:
         """Drop the last text tokens, so that `limit` remain; those of media and the EOS stay."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from modeling_cocoa.inputs import load_image
+from modeling_cocoa.inputs import ROLES, load_image
 from modeling_cocoa.processing_cocoa import CocoaInputError, CocoaProcessor
 from tests.modeling_cocoa.conftest import TEXTS, make_image
 from trainers.tiny_processor import SPECIAL_TOKENS, build_tiny_processor
@@ -76,6 +76,15 @@ def test_text_without_control_tokens_is_not_changed(tiny, text):
     assume(not any(token in text for token in CONTROL))
     ids = tiny.encode([{"text": text}])[0]["input_ids"][:-1]
     assert tiny.tokenizer.decode(ids) == f"<|im_start|>user\n{unicodedata.normalize('NFC', text)}"
+
+
+@given(text=written, images=st.integers(0, 2), prompt=st.none() | written, role=st.sampled_from(ROLES))
+def test_a_text_is_put_where_the_template_puts_it(tiny, text, images, prompt, role):
+    """The template is filled in once for all inputs of one form; here for each."""
+    messages = [{"role": role, "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}]
+    system = [{"role": "system", "content": prompt}] if prompt else []
+    expected = tiny.processor.apply_chat_template(system + messages, tokenize=False)
+    assert tiny._render([messages, messages], prompt) == [expected] * 2
 
 
 @given(parts=st.lists(written, min_size=1, max_size=4), prompt=written)
