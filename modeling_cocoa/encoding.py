@@ -41,8 +41,10 @@ CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 8192
 """On anything else."""
 CPU_READERS = 0
-GPU_READERS = 4
-"""Threads that read inputs while the model works: none on a CPU, which both would share ..."""
+GPU_READERS = 8
+"""Threads that load images while the model works: none on a CPU, which both would share ..."""
+ENCODERS = 2
+"""... and that make tensors of what was read: more would keep the thread that commands the GPU from Python ..."""
 PARTS_AHEAD = 16
 """... and how many parts they may be ahead of it: a window of images."""
 
@@ -283,10 +285,11 @@ def encode_inputs(
         if not readers:
             parts = map(encode, read_parts(processor, inputs, image_tokens))
         else:
-            pool = ThreadPoolExecutor(readers)
-            stack.callback(pool.shutdown, cancel_futures=True)
-            parts = read_parts(processor, inputs, image_tokens, pool)
-            parts = stack.enter_context(closing(read_ahead(map_ahead(pool, encode, parts, PARTS_AHEAD))))
+            pools = ThreadPoolExecutor(readers), ThreadPoolExecutor(ENCODERS)
+            for pool in pools:
+                stack.callback(pool.shutdown, cancel_futures=True)
+            parts = map_ahead(pools[1], encode, read_parts(processor, inputs, image_tokens, pools[0]), PARTS_AHEAD)
+            parts = stack.enter_context(closing(read_ahead(parts)))
         window = Window()
         for part in parts:
             embedder.read_images(part.take_images())
