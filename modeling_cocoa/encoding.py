@@ -31,8 +31,10 @@ INPUTS_AT_ONCE = 1024
 """Inputs from which batches are made up at a time, so that memory does not grow with their number ..."""
 IMAGE_BATCHES_AT_ONCE = 2
 """... nor with their size: fewer inputs, where their images alone fill so many batches."""
-IMAGE_TOKENS_OF_A_PART = 1024
+CPU_PART_TOKENS = 1024
 """Tokens of the images whose pixels, 18 MiB, are held at once; their features take a tenth of that."""
+GPU_PART_TOKENS = 4096
+"""As few would keep a GPU waiting for its commands."""
 TOKEN_PIXELS = 28 * 28
 """Pixels of an image that make one token."""
 
@@ -45,7 +47,7 @@ GPU_READERS = 8
 """Threads that load images while the model works: none on a CPU, which both would share ..."""
 ENCODERS = 2
 """... and that make tensors of what was read: more would keep the thread that commands the GPU from Python ..."""
-PARTS_AHEAD = 16
+PARTS_AHEAD = 4
 """... and how many parts they may be ahead of it: a window of images."""
 
 
@@ -60,6 +62,7 @@ class Window:
         images (`dict[int, list[bytes]]`): Of each of these, its images' digests.
         repeated (`dict[int, int]`): Positions of inputs that occurred before, and where.
         is_part (`bool`): Whether more inputs follow that should share batches with these.
+        vectors (`list[tuple[list[int], Tensor]]`): Of batches, positions and what the model gave, on its device.
     """
 
     read: dict[int, Conversation] = field(default_factory=dict)
@@ -67,6 +70,17 @@ class Window:
     images: dict[int, list[bytes]] = field(default_factory=dict)
     repeated: dict[int, int] = field(default_factory=dict)
     is_part: bool = False
+    vectors: list[tuple[list[int], Tensor]] = field(default_factory=list)
+
+    def fetch(self, vectors: Tensor) -> None:
+        """Put the vectors of these inputs in their places among those of all `(inputs, hidden)`."""
+        if self.vectors:
+            places = torch.tensor([position for batch, _ in self.vectors for position in batch])
+            found = torch.cat([part for _, part in self.vectors]).float().cpu()
+            # To unit length again, since half precision rounds a unit vector to one that is none.
+            vectors[places] = nn.functional.normalize(found, dim=-1)
+        for position, first in self.repeated.items():
+            vectors[position] = vectors[first]
 
     def add(self, part: Window) -> None:
         """Take the inputs of a part in."""
@@ -99,12 +113,18 @@ class Embedder:
         batch_tokens (`float`): Tokens of a batch; halved, with a warning, where a GPU's memory does not suffice.
         features (`dict[bytes, Tensor]`): Of images, by digest, the least recently used first: what the vision tower
             gave.
+        stream (`torch.cuda.Stream`, *optional*): Of the thread that made this, in which a GPU's model works.
     """
 
     model: CocoaModelMixin
     processor: CocoaProcessor
     batch_tokens: float
     features: dict[bytes, Tensor] = field(default_factory=dict)
+    stream: torch.cuda.Stream | None = None
+
+    def __post_init__(self) -> None:
+        if self.model.device.type == "cuda":
+            self.stream = torch.cuda.current_stream(self.model.device)
 
     def run(
         self, items: Sequence[T], tokens: Callable[[T], int], most: int | None, work: Callable[[list[T]], None]
@@ -159,14 +179,18 @@ class Embedder:
     def make_tensors(self, inputs: list[Conversation], prompt: str | None) -> list[dict[str, Tensor]]:
         """What [`CocoaProcessor.encode`] gives, pixels in the precision in which the vision tower takes them."""
         device, dtype = self.model.device, self.model.visual.dtype
-        # In half precision, which rounds pixels as much as a GPU's resizing differs.
-        if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        # In bfloat16, which rounds pixels as much as a GPU's resizing differs.
+        if device.type != "cuda" or dtype != torch.bfloat16:
             return self.processor.encode(inputs, prompt=prompt)
+        stream = torch.cuda.Stream(device)  # or pixels would wait for what the model is given to do
         try:
-            rows = self.processor.encode(inputs, prompt=prompt, device=device)
-            for row in rows:
-                for name in row.keys() & {"pixel_values", "pixel_values_videos"}:
-                    row[name] = row[name].to(dtype)
+            with torch.cuda.stream(stream):
+                rows = self.processor.encode(inputs, prompt=prompt, device=device)
+                for row in rows:
+                    for name in row.keys() & {"pixel_values", "pixel_values_videos"}:
+                        row[name] = row[name].to(dtype)
+                        row[name].record_stream(self.stream)
+            stream.synchronize()
             return rows
         except torch.OutOfMemoryError:
             logger.warning("The GPU's memory does not suffice for pixels; the CPU makes them of some images.")
@@ -282,15 +306,16 @@ def encode_inputs(
         bar = stack.enter_context(tqdm(total=count, unit="input", disable=not show_progress_bar))
         encode = partial(embedder.encode, prompt=prompt)
         readers = CPU_READERS if on_cpu else GPU_READERS
+        part_tokens = CPU_PART_TOKENS if on_cpu else GPU_PART_TOKENS
         if not readers:
-            parts = map(encode, read_parts(processor, inputs, image_tokens))
+            parts = map(encode, read_parts(processor, inputs, image_tokens, part_tokens))
         else:
             pools = ThreadPoolExecutor(readers), ThreadPoolExecutor(ENCODERS)
             for pool in pools:
                 stack.callback(pool.shutdown, cancel_futures=True)
-            parts = map_ahead(pools[1], encode, read_parts(processor, inputs, image_tokens, pools[0]), PARTS_AHEAD)
-            parts = stack.enter_context(closing(read_ahead(parts)))
-        window = Window()
+            parts = read_parts(processor, inputs, image_tokens, part_tokens, pools[0])
+            parts = stack.enter_context(closing(read_ahead(map_ahead(pools[1], encode, parts, PARTS_AHEAD))))
+        window, unfetched = Window(), Window()
         for part in parts:
             embedder.read_images(part.take_images())
             window.add(part)
@@ -300,34 +325,32 @@ def encode_inputs(
             if read > len(vectors):  # of inputs without a length
                 vectors.resize_(2 * read, hidden)
 
-            found: list[tuple[list[int], Tensor]] = []
-
-            def work(batch: list[int], window: Window = window, found: list[Any] = found) -> None:
-                found.append((batch, embedder.embed(window, batch)))
+            def work(batch: list[int], window: Window = window) -> None:
+                window.vectors.append((batch, embedder.embed(window, batch)))
                 bar.update(len(batch))
 
             embedder.run(sorted(window.rows, key=window.length), window.length, batch_size, work)
-            if found:  # together, since a GPU stands still whenever something is fetched from it
-                places = torch.tensor([position for batch, _ in found for position in batch])
-                # To unit length again, since half precision rounds a unit vector to one that is none.
-                fetched = torch.cat([part for _, part in found]).float().cpu()
-                vectors[places] = nn.functional.normalize(fetched, dim=-1)
-            for position, first in window.repeated.items():
-                vectors[position] = vectors[first]
             bar.update(len(window.repeated))
-            window = Window()
+            # Those of the window before, since a GPU that is waited for stands still afterwards.
+            unfetched.fetch(vectors)
+            window, unfetched = Window(), window
             embedder.forget_images(image_tokens)
+        unfetched.fetch(vectors)
     return vectors if len(vectors) == read else vectors[:read].clone()
 
 
 def read_parts(
-    processor: CocoaProcessor, inputs: Iterable[Any], image_tokens: int, pool: Executor | None = None
+    processor: CocoaProcessor,
+    inputs: Iterable[Any],
+    image_tokens: int,
+    part_tokens: int,
+    pool: Executor | None = None,
 ) -> Iterator[Window]:
     """
     The inputs, read: parts of windows, whose images are few enough to be held at once.
 
     Args:
-        image_tokens (`int`): Tokens of images that a window may hold.
+        image_tokens, part_tokens (`int`): Tokens of images that a window may hold, and a part.
         pool (`Executor`, *optional*): What reads some inputs ahead.
     """
     size = processor.image_processor.size
@@ -346,7 +369,7 @@ def read_parts(
         tokens_of_window += tokens
         tokens_of_part += tokens
         is_full = tokens_of_window >= image_tokens or inputs_of_window == INPUTS_AT_ONCE
-        if is_full or tokens_of_part >= IMAGE_TOKENS_OF_A_PART or decoded >= PIXELS_AT_ONCE:
+        if is_full or tokens_of_part >= part_tokens or decoded >= PIXELS_AT_ONCE:
             part.is_part = not is_full
             yield part
             part, tokens_of_part, decoded = Window(), 0, 0

@@ -152,7 +152,8 @@ class ImageDecoder(nn.Module):
         """
         places = units.flatten().nonzero()[:, 0]
         if packing is not None:
-            packed = [part.flatten(0, 1)[packing.index] for part in (hidden_states, *position_embeddings)]
+            parts = (hidden_states, *position_embeddings)
+            packed = [part.flatten(0, 1).index_select(0, packing.index) for part in parts]
             hidden_states, position_embeddings = packed[0], tuple(packed[1:])
             places = torch.empty_like(units.flatten(), dtype=torch.long).index_copy(
                 0, packing.index, torch.arange(len(packing.index), device=packing.index.device)
@@ -160,5 +161,5 @@ class ImageDecoder(nn.Module):
         for layer in self.layers:
             options = {"packing": packing} if packing is not None else {"attention_mask": attention_mask}
             hidden_states = layer(hidden_states, position_embeddings=position_embeddings, **options)
-        chosen = hidden_states.flatten(0, -2)[places]
+        chosen = hidden_states.flatten(0, -2).index_select(0, places)
         return self.projection(self.norm(chosen)).view(-1, self.patches_per_unit, self.values_per_patch)

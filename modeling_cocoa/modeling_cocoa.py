@@ -410,7 +410,7 @@ class CocoaModelMixin:
         if inputs_embeds is None:
             hidden = self.get_input_embeddings()(ids)
         else:
-            hidden = inputs_embeds.flatten(0, 1)[packing.index]
+            hidden = inputs_embeds.flatten(0, 1).index_select(0, packing.index)
         for token, features in media.items():
             # Features come in the batch's order; tokens lie in the packed one.
             places = (ids == token).nonzero()[:, 0]
@@ -423,7 +423,7 @@ class CocoaModelMixin:
             return CocoaModelOutput(pooler_output=nn.functional.normalize(pooled, dim=-1))
         return CocoaModelOutput(
             last_hidden_state=packing.unpack(hidden, input_ids.shape)[: shape[0], : shape[1]],
-            pooler_output=nn.functional.normalize(hidden[packing.eos[: shape[0]]], dim=-1),
+            pooler_output=nn.functional.normalize(hidden.index_select(0, packing.eos[: shape[0]]), dim=-1),
         )
 
     def run_layers(self, hidden: Tensor, positions: Tensor, packing: Packing, eos_only: bool = False) -> Tensor:

@@ -430,7 +430,7 @@ class CocoaForReconstruction(nn.Module):
     def _read(self, inputs_embeds: Tensor, positions: Tensor, attention: dict[str, Any]) -> Tensor:
         """Final hidden states of rows under collaborative attention; of padding, they mean nothing."""
         if (packing := attention.get("packing")) is not None:
-            packed = inputs_embeds.flatten(0, 1)[packing.index]
+            packed = inputs_embeds.flatten(0, 1).index_select(0, packing.index)
             hidden = self.model.run_layers(packed, positions.flatten(1)[:, packing.index], packing)
             return packing.to(hidden.device).unpack(hidden, inputs_embeds.shape[:2])
         language_model = self.model.language_model

@@ -59,7 +59,8 @@ class PackedDecoderLayer:
         value = attention.v_proj(normed).unflatten(-1, shape)
         if eos_only:
             places = packing.eos[packing.order]
-            hidden_states, normed, cos, sin = (part[places] for part in (hidden_states, normed, cos, sin))
+            parts = (hidden_states, normed, cos, sin)
+            hidden_states, normed, cos, sin = (part.index_select(0, places) for part in parts)
         query = rotate(attention.q_proj(normed).unflatten(-1, shape), cos, sin)
         attended = attend(
             attention,
@@ -100,7 +101,7 @@ class PackedVisionAttention:
         value = value[:, 0]
         spans, places = vision_spans(cu_seqlens, sdpa_kernel(value.device, value.dtype))
         if places is not None:
-            query, key, value = query[places], key[places], value[places]
+            query, key, value = (part.index_select(0, places) for part in (query, key, value))
         dropout = self.attention_dropout if self.training else 0.0
         output = attend_spans(
             self, query, spans, key, value, spans, implementation="sdpa", scaling=self.scaling, dropout=dropout

@@ -228,6 +228,7 @@ def attend(
         return kernel(module, *row, packing.block_mask, scaling=scaling, dropout=dropout)[0].flatten(2)[0]
     sources = packing.sources
     ends = sum(sources.lengths)
+    # Below, `index_select` and not brackets, whose gradient a GPU has to sort for.
     if eos_only:
         ones = Spans([1] * len(sources.lengths))
         return attend_spans(module, query, ones, key[:ends], value[:ends], sources, **options)
@@ -235,14 +236,15 @@ def attend(
     if not packing.targets.lengths:
         return output
     seen = Spans([length + 1 for length in packing.targets.lengths])
-    keys, values = key[packing.target_keys], value[packing.target_keys]
+    keys, values = (part.index_select(0, packing.target_keys) for part in (key, value))
     of_targets = attend_spans(module, query[ends:], packing.targets, keys, values, seen, **options)
     output = torch.cat([output, of_targets])
     if not packing.eos_spans.lengths:
         return output
     ones = Spans([1] * len(packing.eos_spans.lengths))
-    keys, values = key[packing.eos_keys], value[packing.eos_keys]
-    of_eos = attend_spans(module, query[packing.eos_queries], ones, keys, values, packing.eos_spans, **options)
+    keys, values = (part.index_select(0, packing.eos_keys) for part in (key, value))
+    eos = query.index_select(0, packing.eos_queries)
+    of_eos = attend_spans(module, eos, ones, keys, values, packing.eos_spans, **options)
     return output.index_copy(0, packing.eos_queries, of_eos)
 
 

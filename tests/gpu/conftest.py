@@ -51,17 +51,15 @@ def moved(batch: Mapping[str, Any], device: torch.device, dtype: torch.dtype = t
 
 
 def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
-    """By name, on the CPU; of those that have one."""
-    return {name: p.grad.cpu() for name, p in module.named_parameters() if p.grad is not None}
+    """By name, copied to the CPU (a module that moves takes its gradients along); of those that have one."""
+    return {name: p.grad.to("cpu", copy=True) for name, p in module.named_parameters() if p.grad is not None}
 
 
 def lost(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """Of all gradients as one vector, the length of the difference against that of the right one."""
     assert found.keys() == expected.keys() and expected
-    differences = torch.stack(
-        [(found[name].double().cpu() - value.double().cpu()).norm() for name, value in expected.items()]
-    )
-    return float(differences.norm() / torch.stack([value.double().norm().cpu() for value in expected.values()]).norm())
+    differences = torch.stack([(found[name].double() - value.double()).norm() for name, value in expected.items()])
+    return float(differences.norm() / torch.stack([value.double().norm() for value in expected.values()]).norm())
 
 
 def lost_cosine(found: Any, expected: Any) -> float:

@@ -132,7 +132,7 @@ def test_large_images_come_a_few_at_a_time(module, monkeypatch):
         encoding.Embedder, "run", lambda self, items, *args: windows.append(len(items)) or run(self, items, *args)
     )
     monkeypatch.setattr(encoding, "TOKEN_PIXELS", 20 * 40)
-    monkeypatch.setattr(encoding, "IMAGE_TOKENS_OF_A_PART", 4)
+    monkeypatch.setattr(encoding, "CPU_PART_TOKENS", 4)
     monkeypatch.setattr(encoding, "IMAGE_BATCHES_AT_ONCE", 2)
     np.testing.assert_allclose(module.encode(images, batch_tokens=4), expected, atol=1e-5, rtol=0)
     assert read == [2, 2, 2, 1]
@@ -165,7 +165,7 @@ def test_reading_in_threads_changes_nothing(module, image, tmp_path, monkeypatch
     items = [*mixture(image, tmp_path), late, {"image": late, "text": "it"}, late, "a cat", tmp_path / "late.png"] * 3
     expected = module.encode(items, **options)
     monkeypatch.setattr(encoding, "CPU_READERS", 3)
-    monkeypatch.setattr(encoding, "IMAGE_TOKENS_OF_A_PART", 4)
+    monkeypatch.setattr(encoding, "CPU_PART_TOKENS", 4)
     monkeypatch.setattr(encoding, "PARTS_AHEAD", 2)
     np.testing.assert_allclose(module.encode(iter(items), **options), expected, atol=1e-5, rtol=0)
 
