@@ -181,13 +181,15 @@ def activations(
 
     Returns:
         `dict`: `kept`, everything of every layer; `checkpointed`, the input of each layer, and all of the one that
-            is computed anew.
+            is computed anew; `vision`, the part of that which is left when the text layers' gradients are there.
     """
     layers, blocks = shape.text["num_hidden_layers"], shape.vision["depth"]
-    inputs = value_bytes * (tokens * shape.text["hidden_size"] * layers + patches * shape.vision_width * blocks)
+    text, vision = value_bytes * tokens * shape.text["hidden_size"], value_bytes * patches * shape.vision_width
+    anew = max(tokens * kept["token"], patches * kept["patch"])
     return {
         "kept": tokens * kept["token"] * layers + patches * kept["patch"] * blocks,
-        "checkpointed": inputs + max(tokens * kept["token"], patches * kept["patch"]),
+        "checkpointed": text * layers + vision * blocks + anew,
+        "vision": vision * blocks + anew,
     }
 
 
@@ -201,7 +203,7 @@ def needed(shape: Shape, weights: dict[str, int], kept: dict[str, dict[str, floa
     # Of shared-out weights, the embeddings and heads are put together for the whole step, and so are their gradients.
     together = 2 * FROZEN * (weights["embeddings"] + weights["head"])
     found = {
-        "full, one GPU": (TRAINED + FROZEN) * everything + full,
+        "full, one GPU": TRAINED * everything + full,
         "full, eight GPUs": TRAINED * everything / 8 + together + full,
         "LoRA": FROZEN * everything + adapters + lean,
         "QLoRA": QUANTIZED * weights["linear"] + FROZEN * others + adapters + lean,

@@ -175,8 +175,7 @@ def measure_step(
     Returns:
         `dict`: By way, seconds, real tokens a second, speed against the first way, share of the rate of bfloat16
         matrix multiplication (of what the step needs, so without what checkpointing computes twice), and peak memory
-        with weights and gradients; of ours what it should be, by `benchmarks.memory`: weights, gradients, casts of
-        float32 weights, and what the layers keep.
+        with weights and gradients; of ours what it should be, by `benchmarks.memory`: see [`peak_bytes`].
     """
     step = make(stage, rows)
 
@@ -194,9 +193,8 @@ def measure_step(
     full = len(trained) == len(weights)
     # Frozen weights ask for no gradient of their own: of three products of a linear layer, two remain.
     needed = (FORWARD_AND_BACKWARD if full else FORWARD_AND_BACKWARD - 1) * step.operations
-    casts = 2 * sum(w.numel() for w in trained if w.dtype == torch.float32 and w.dim() > 1)
     layers = activations(shape, kept, 4 if full else 2, step.tokens, step.patches)
-    worked_out = held + sum(w.nbytes for w in trained) + casts + layers["checkpointed" if is_checkpointed else "kept"]
+    worked_out = held + peak_bytes(step.models[OURS], layers, is_checkpointed)
     found = {
         name: {
             "seconds": result.median,
@@ -218,6 +216,25 @@ def measure_step(
     return {title: found}
 
 
+def peak_bytes(model: nn.Module, layers: dict[str, float], is_checkpointed: bool) -> float:
+    """
+    The most bytes beside the weights in a step that begins without gradients: what the layers keep is let go while
+    gradients come, those of the text layers before those of the vision tower.
+
+    Args:
+        model (`nn.Module`).
+        layers (`dict`): Of `benchmarks.memory.activations`.
+        is_checkpointed (`bool`): Otherwise the bfloat16 casts of float32 weights are kept too.
+    """
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    gradients = sum(weight.nbytes for weight in trained.values())
+    if is_checkpointed:
+        of_text = sum(weight.nbytes for name, weight in trained.items() if "visual." not in name)
+        return max(layers["checkpointed"], of_text + layers["vision"], gradients)
+    casts = 2 * sum(weight.numel() for weight in trained.values() if weight.dim() > 1)
+    return max(layers["kept"] + casts * (next(iter(trained.values())).dtype == torch.float32), gradients)
+
+
 def compare_gradients(
     make: Callable[[str, int], Step], stage: str, rows: int, precisions: tuple[torch.dtype, ...]
 ) -> dict[str, Any]:
@@ -226,7 +243,10 @@ def compare_gradients(
 
     Returns:
         `dict`: By precision, the relative difference of the losses, of the gradients of some layers' matrices taken
-        together, and of the one of these that differs most.
+        together, and of the one of these that differs most; matrices count whose gradient is finite in the first way.
+
+    Raises:
+        ValueError: ours are not finite, or are gradients of other weights.
     """
     step = make(stage, rows)
     found = {}
@@ -241,6 +261,10 @@ def compare_gradients(
         first, second = grads
         if first.keys() != second.keys() or not first:
             raise ValueError(f"Gradients of other weights: {sorted(first.keys() ^ second.keys())[:4]}.")
+        if broken := [name for name, value in second.items() if not value.isfinite().all()]:
+            raise ValueError(f"Our gradients are not finite: {broken[:4]}.")
+        # torch 2.11's kernel for a dense mask gave such on a GPU, to all of the vision tower.
+        first = {name: value for name, value in first.items() if value.isfinite().all()}
         differences = {name: float((second[name] - value).norm()) for name, value in first.items()}
         norms = {name: float(value.norm()) for name, value in first.items()}
         total = sum(norm**2 for norm in norms.values()) ** 0.5

@@ -63,7 +63,7 @@ def step_tables(numbers: dict[str, Any]) -> str:
                 [
                     title.partition(",")[0],
                     dtype,
-                    *(f"{found[name]:.1g}" for name in ("loss", "gradients", "worst matrix")),
+                    *(f"{found[name]:.1g}" if name in found else "" for name in ("loss", "gradients", "worst matrix")),
                 ]
                 for dtype, found in group.items()
             ]
