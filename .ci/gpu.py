@@ -83,7 +83,9 @@ JOBS = [
     Job(
         "ablation",
         10,
-        "-m benchmarks.ablation run --seeds 3 --jobs 8 --results {work}/ablation --work {work}/scratch/ablation",
+        "-m benchmarks.ablation run --settings benchmarks/ablation_wordnet_few.yaml --seeds 3 --jobs 12"
+        " --only two_sided --only bridge --only blind --only longer"
+        " --results {work}/ablation --work {work}/scratch/ablation",
         "--help",
     ),
 ]

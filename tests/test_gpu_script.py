@@ -95,9 +95,15 @@ def test_what_pip_freeze_lists_is_read(gpu):
 
 def test_every_measurement_exists(gpu):
     from benchmarks.__main__ import PUBLISHED, shape_parts_of
+    from benchmarks.ablation import SETTINGS, Settings
 
-    named = [part for job in gpu.JOBS for part in re.findall(r"--only (\S+)", job.command)]
-    assert named and set(named) <= set(shape_parts_of(PUBLISHED, 1))
+    def named(module):
+        commands = [job.command for job in gpu.JOBS if f"-m {module} " in job.command]
+        return {part for command in commands for part in re.findall(r"--only (\S+)", command)}
+
+    assert named("benchmarks") and named("benchmarks") <= set(shape_parts_of(PUBLISHED, 1))
+    arms = Settings.load(SETTINGS.with_name("ablation_wordnet_few.yaml")).arms
+    assert named("benchmarks.ablation") and named("benchmarks.ablation") <= set(arms)
 
 
 def write_wheel(folder, name, version, *needs):
