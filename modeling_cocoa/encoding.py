@@ -35,9 +35,6 @@ CPU_PART_TOKENS = 1024
 """Tokens of the images whose pixels, 18 MiB, are held at once; their features take a tenth of that."""
 GPU_PART_TOKENS = 4096
 """As few would keep a GPU waiting for its commands."""
-TOKEN_PIXELS = 28 * 28
-"""Pixels of an image that make one token."""
-
 CPU_BATCH_TOKENS = 2048
 """On a CPU: a tenth faster than 768, and no slower than 3,072."""
 GPU_BATCH_TOKENS = 8192
@@ -363,7 +360,7 @@ def read_parts(
             part.repeated[position] = first
             continue
         part.read[position] = conversation
-        tokens = conversation.pixels(size["shortest_edge"], size["longest_edge"]) // TOKEN_PIXELS
+        tokens = conversation.pixels(size["shortest_edge"], size["longest_edge"]) // processor.token_pixels
         decoded += conversation.pixels(0, sys.maxsize)
         inputs_of_window += 1
         tokens_of_window += tokens

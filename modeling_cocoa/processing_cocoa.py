@@ -175,6 +175,11 @@ class CocoaProcessor:
         return self.processor.video_processor
 
     @property
+    def token_pixels(self) -> int:
+        """Pixels of an image that make one token."""
+        return (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
+
+    @property
     def max_length(self) -> int:
         """Tokens of an input, the EOS among them, beyond which text is cut."""
         return self.tokenizer.model_max_length

@@ -131,10 +131,10 @@ def test_large_images_come_a_few_at_a_time(module, monkeypatch):
     monkeypatch.setattr(
         encoding.Embedder, "run", lambda self, items, *args: windows.append(len(items)) or run(self, items, *args)
     )
-    monkeypatch.setattr(encoding, "TOKEN_PIXELS", 20 * 40)
-    monkeypatch.setattr(encoding, "CPU_PART_TOKENS", 4)
+    tokens = 1600 // module.processor.token_pixels
+    monkeypatch.setattr(encoding, "CPU_PART_TOKENS", 2 * tokens)
     monkeypatch.setattr(encoding, "IMAGE_BATCHES_AT_ONCE", 2)
-    np.testing.assert_allclose(module.encode(images, batch_tokens=4), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(module.encode(images, batch_tokens=2 * tokens), expected, atol=1e-5, rtol=0)
     assert read == [2, 2, 2, 1]
     assert windows == [2, 2, 4, 2, 1, 3], "images part by part, then the inputs that share batches"
 
