@@ -15,9 +15,7 @@ from pathlib import Path
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from evaluation.assets import asset_path
-from modeling_cocoa import CocoaTransformer
-from modeling_cocoa.inputs import CocoaInputError, load_image
+from cocoa import CocoaInputError, CocoaTransformer, asset_path, load_image
 
 
 def main() -> None:

@@ -19,9 +19,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from evaluation.assets import asset_path
-from modeling_cocoa import CocoaTransformer
-from modeling_cocoa.folders import list_images
+from cocoa import CocoaTransformer, asset_path, list_images
 
 
 def main() -> None:

@@ -28,8 +28,7 @@ from mteb.models import ModelMeta
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
-from evaluation.mmeb_files import digest_files
-from evaluation.vectors import fingerprint
+from cocoa import digest_files, fingerprint
 
 
 class PicturesByText(AbsTaskRetrieval):

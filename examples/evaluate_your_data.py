@@ -22,12 +22,10 @@ import numpy as np
 from datasets import Image, load_dataset
 from sentence_transformers import SentenceTransformer
 
-import evaluation
-from evaluation.assets import asset_path
-from evaluation.retrieval import bootstrap_interval
-from modeling_cocoa.inputs import load_image
+import cocoa
+from cocoa import asset_path, bootstrap_interval, load_image
 
-METRICS = Path(evaluation.__file__).parent / "metrics"
+METRICS = Path(cocoa.__file__).parent / "evaluation" / "metrics"
 K = 10
 """How many of what a query finds are looked at."""
 

@@ -25,9 +25,7 @@ from datasets import Image, load_dataset
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
 
-from evaluation.assets import asset_path
-from modeling_cocoa.inputs import load_image
-from trainers import CocoaContrastiveConfig, CocoaContrastiveTrainer
+from cocoa import CocoaContrastiveConfig, CocoaContrastiveTrainer, asset_path, load_image
 
 
 def main() -> None:

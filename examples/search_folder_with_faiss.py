@@ -22,11 +22,16 @@ from pathlib import Path
 import faiss
 import torch
 
-from evaluation.assets import asset_path
-from evaluation.vectors import fingerprint
-from modeling_cocoa import CocoaTransformer
-from modeling_cocoa.folders import describe_unreadable, encode_readable, list_images
-from modeling_cocoa.inputs import CocoaInputError, input_messages
+from cocoa import (
+    CocoaInputError,
+    CocoaTransformer,
+    asset_path,
+    describe_unreadable,
+    encode_readable,
+    fingerprint,
+    input_messages,
+    list_images,
+)
 
 
 def main() -> None:

@@ -21,8 +21,7 @@ from datasets import Image, load_dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings, truncate_embeddings
 
-from evaluation.assets import asset_path
-from modeling_cocoa.inputs import load_image
+from cocoa import asset_path, load_image
 
 
 def best(scores: np.ndarray, k: int) -> np.ndarray:

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from datasets import load_dataset
 
-from evaluation.assets import asset_path
-from trainers import (
+from cocoa import (
     CocoaContrastiveConfig,
     CocoaContrastiveTrainer,
     CocoaReconstructionConfig,
     CocoaReconstructionTrainer,
+    asset_path,
 )
 
 

@@ -8,14 +8,14 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-import cocoa
+import cocoa_cli
 
 
 @pytest.fixture
 def invoke(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
-    return lambda *arguments: CliRunner().invoke(cocoa.app, arguments)
+    return lambda *arguments: CliRunner().invoke(cocoa_cli.app, arguments)
 
 
 def test_help_names_the_commands_and_their_options(invoke):
@@ -29,8 +29,8 @@ def test_help_names_the_commands_and_their_options(invoke):
 
 def test_help_waits_for_no_library():
     code = (
-        "import sys, cocoa\n"
-        "try: cocoa.app(['--help'])\n"
+        "import sys, cocoa_cli\n"
+        "try: cocoa_cli.app(['--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'sentence_transformers', 'datasets', 'sklearn'} & set(sys.modules)))"
     )
@@ -39,7 +39,7 @@ def test_help_waits_for_no_library():
 
 
 def test_version_is_that_of_the_installed_distribution(invoke, monkeypatch):
-    monkeypatch.setattr(cocoa, "version", {"cocoa-embed": "1.2.3"}.__getitem__)
+    monkeypatch.setattr(cocoa_cli, "version", {"cocoa-embed": "1.2.3"}.__getitem__)
     result = invoke("--version")
     assert result.exit_code == 0 and result.output.strip() == "1.2.3"
 
@@ -106,14 +106,12 @@ def test_a_card_of_no_folder_is_one_line(invoke):
 def test_commands_have_threads_wait_without_spinning_unless_told_otherwise(given):
     """Before torch is imported; importing the package changes nothing."""
     code = (
-        "import os, sys, cocoa, modeling_cocoa.checkpoint_files; print(os.environ.get('OMP_WAIT_POLICY'))\n"
-        "@cocoa.app.command()\ndef look(): print(os.environ['OMP_WAIT_POLICY'])\n"
-        "cocoa.app(['look'])"
+        "import os, sys, cocoa_cli, modeling_cocoa.checkpoint_files; print(os.environ.get('OMP_WAIT_POLICY'))\n"
+        "@cocoa_cli.app.command()\ndef look(): print(os.environ['OMP_WAIT_POLICY'])\n"
+        "cocoa_cli.app(['look'])"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     if given:
         environment["OMP_WAIT_POLICY"] = given
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.split() == [str(given), given or "PASSIVE"]
-    code = "import sys, cocoa; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

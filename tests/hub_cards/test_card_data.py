@@ -61,7 +61,7 @@ def test_nothing_is_said_that_is_not_known(folder):
     card = card_of(folder)
     head = {name: value for name, value in card.data.to_dict().items() if value is not None}
     assert set(head) == {"library_name", "pipeline_tag", "tags"} and "qwen2_vl" in head["tags"]
-    assert "2,779,776, float32" in card.text and "192 numbers" in card.text and "1,280 tokens" in card.text
+    assert "2,779,776, float32" in card.text and "192 dimensions" in card.text and "1,280 tokens" in card.text
     for absent in ("## Training", "## Results", "## What it rebuilds", "None", "codecarbon"):
         assert absent not in card.text
     assert "No evaluation is recorded here" in card.text
@@ -161,11 +161,11 @@ def test_a_result_names_the_data_that_it_is_of(folder, tmp_path):
 
 
 def test_vectors_that_the_folder_shortens_are_said(folder):
-    assert "192 numbers, of length 1; compared" in write_card(folder).read_text()
+    assert "192 dimensions, normalized; compared" in write_card(folder).read_text()
     path = folder / "config_sentence_transformers.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"truncate_dim": 64}))
     assert (
-        "64 numbers, the first of 192, of length 1 with `normalize_embeddings=True`" in write_card(folder).read_text()
+        "64 dimensions, the first of 192, normalized with `normalize_embeddings=True`" in write_card(folder).read_text()
     )
     assert find_door_problems(folder) == []
 

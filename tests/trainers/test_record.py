@@ -157,7 +157,7 @@ def test_a_new_stage_does_not_show_the_picture_of_its_base(tmp_path, emoji):
         trainer.train()
         trainer.save_model(str(tmp_path / stage / "final"))
         assert not (tmp_path / stage / "final" / "reconstruction.png").exists()
-        assert "What it rebuilds" not in (tmp_path / stage / "final" / "README.md").read_text()
+        assert "## Reconstructions" not in (tmp_path / stage / "final" / "README.md").read_text()
     pairs = data.rename_columns({"text": "query", "image": "positive"}).select_columns(["query", "positive"])
     trainer = CocoaContrastiveTrainer(
         str(start), CocoaContrastiveConfig(str(tmp_path / "contrastive"), **options), train_dataset=pairs
