@@ -45,13 +45,13 @@ def main(
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from cocoa import check_packages
 
-    with said_in_red("cocoa"):
+    with errors_in_one_line("cocoa"):
         check_packages()
 
 
 @contextmanager
-def said_in_red(command: str) -> Iterator[None]:
-    """Within it, an error that a user can mend is said in a line, and ends the command."""
+def errors_in_one_line(command: str) -> Iterator[None]:
+    """Within it, an error that a user can fix is said in a line, and ends the command."""
     try:
         yield
     except (OSError, ValueError, ImportError) as error:  # the last of an extra that is not installed, or what hides us
@@ -87,7 +87,7 @@ def demo(
     """Search the emoji set: scores beside chance and untrained baselines, a few queries, and a gallery page."""
     from evaluation.demo import QUERIES, run_demo
 
-    with said_in_red("cocoa demo"):
+    with errors_in_one_line("cocoa demo"):
         run_demo(model, output_dir, queries=query or QUERIES)
 
 
@@ -112,7 +112,7 @@ def train(
     from evaluation.assets import find_file
     from trainers.recipe import Recipe, find_recipe, run_recipe
 
-    with said_in_red("cocoa train"):
+    with errors_in_one_line("cocoa train"):
         settings = Recipe.load(find_recipe(recipe))
         if output_dir is not None:
             settings.output_dir = str(output_dir)
@@ -157,13 +157,13 @@ def mine(
     To train on the result: a source {path: parquet, data_files: OUTPUT_DIR/NAME.parquet}.
     """
     from evaluation.assets import find_file
-    from modeling_cocoa.files import written_whole
+    from modeling_cocoa.files import atomic_write
     from trainers.contrastive_rows import column_prompts, prompts_of
     from trainers.mining import load_encoder, mine_negatives
     from trainers.recipe import Recipe, find_recipe, prompts_for_variants, stage_arguments
     from trainers.recipe_data import contrastive_data
 
-    with said_in_red("cocoa mine-negatives"):
+    with errors_in_one_line("cocoa mine-negatives"):
         require_checkpoints(model)
         settings = Recipe.load(find_recipe(recipe))
         pairs = contrastive_data(settings.data, find_file, settings.seed)
@@ -191,7 +191,7 @@ def mine(
                 batch_size=batch_size,
                 seed=settings.seed,
             )
-            with written_whole(output_dir / f"{name}.parquet") as file:
+            with atomic_write(output_dir / f"{name}.parquet") as file:
                 found.to_parquet(str(file))
             typer.echo(f"{name}: {len(found)} of {len(dataset)} pairs have {num_negatives} negatives now.")
 
@@ -250,7 +250,7 @@ def evaluate_on_mmeb(
     from evaluation.mmeb_tasks import MMEB_V1, PUBLISHED, find_tasks
     from evaluation.run_mmeb import run_mmeb
 
-    with said_in_red("cocoa eval mmeb"):
+    with errors_in_one_line("cocoa eval mmeb"):
         require_checkpoints(*(model or []))
         require_checkpoints(*(baseline or []), has_owner=False)
         run_mmeb(
@@ -294,7 +294,7 @@ def evaluate_on_emoji(
     from evaluation.mmeb_tasks import find_tasks
     from evaluation.run_mmeb import run_mmeb
 
-    with said_in_red("cocoa eval emoji"):
+    with errors_in_one_line("cocoa eval emoji"):
         require_checkpoints(*(model or []))
         require_checkpoints(*(baseline or []), has_owner=False)
         chosen = find_tasks(tasks, EMOJI_TASKS)
@@ -330,7 +330,7 @@ def card(
     from hub_cards.card_data import write_card
     from hub_cards.results import add_result
 
-    with said_in_red("cocoa card"):
+    with errors_in_one_line("cocoa card"):
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder}.")
         for file in scores or []:
@@ -350,12 +350,12 @@ def push(
     Check a model and publish it on the Hub, as one commit.
 
     Before anything is uploaded, its files are checked (safetensors only, weights that are numbers, a valid card, the
-    package's own code, no paths of this machine, no secrets), and it is loaded in a fresh process through both doors.
+    package's own code, no paths of this machine, no secrets), and it is loaded in a fresh process in both ways.
     Log in first with `hf auth login`, or set HF_TOKEN.
     """
     from hub_cards.push import push_model
 
-    with said_in_red("cocoa push"):
+    with errors_in_one_line("cocoa push"):
         address = push_model(folder, repo, private=private or None, revision=revision, dry_run=dry_run)
     if address is not None:
         typer.echo(f"Published: {address}")
@@ -392,7 +392,7 @@ def run_app(
 
     Needs the extra "app" (gradio).
     """
-    with said_in_red("cocoa app"):
+    with errors_in_one_line("cocoa app"):
         require_checkpoints(model, rebuild_model)
         os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
         from hub_cards.space.app import serve
@@ -416,7 +416,7 @@ def push_app(
     """Publish the app as a Space on the Hub, as one commit."""
     from hub_cards.push import push_space
 
-    with said_in_red("cocoa push-space"):
+    with errors_in_one_line("cocoa push-space"):
         address = push_space(repo, model=model, rebuild_model=rebuild_model, private=private or None, dry_run=dry_run)
     if address is not None:
         typer.echo(f"Published: {address}")

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 
 from .compact import bench_compact
 from .encode import bench_encode
@@ -165,7 +165,7 @@ def measure_part(name: str, part: Part, report: dict[str, Any], output: Path, co
         show(console, part.title, numbers)
         report[name] = entry
         output.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(output) as path:
+        with atomic_write(output) as path:
             path.write_text(json.dumps(report, indent=2) + "\n")
 
     is_well = run_part(part, done)

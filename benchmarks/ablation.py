@@ -29,7 +29,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 
 from . import ablation_debian, ablation_emoji, ablation_wordnet
 from .ablation_report import markdown, plot, summarise
@@ -178,7 +178,7 @@ def train_arm(recipe: Any, arm: Arm, settings: Settings) -> str:
         """Keeps what a stage logs, through interruptions and beyond the stage."""
 
         def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            with written_whole(Path(args.output_dir) / LOG) as file:
+            with atomic_write(Path(args.output_dir) / LOG) as file:
                 file.write_text(json.dumps(state.log_history), encoding="utf-8")
 
     def prepare(stage: str, trainer: Any) -> None:
@@ -294,7 +294,7 @@ def one(
     path.parent.mkdir(parents=True, exist_ok=True)
     stages = {stage: dict(options) for stage, options in recipe.stages.items()}
     content = {"arm": arm, "seed": seed, "split": split, "stages": stages, **result}
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write_text(json.dumps(content) + "\n", encoding="utf-8")
     shutil.rmtree(folder)
 

@@ -18,7 +18,7 @@ from datasets import Dataset, concatenate_datasets
 
 from evaluation.retrieval import target_ranks
 from modeling_cocoa.encoding import encode_inputs
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 from modeling_cocoa.saving import save_cocoa
 
 from .ablation_report import Measure
@@ -80,7 +80,7 @@ class PairTask:
         FOLDER.mkdir(parents=True, exist_ok=True)
         llama, tokenizer = load_smollm2()
         if not self.path.is_file():
-            with written_whole(self.path) as file:
+            with atomic_write(self.path) as file:
                 split_rows(self.read(tokenizer), self.sizes).to_parquet(str(file))
         rows = Dataset.from_parquet(str(self.path))
         texts = {name: self.texts(rows, name) for name in ("train", "validation")}
@@ -95,7 +95,7 @@ class PairTask:
             "start": check_start(llama, backbone, processor, texts["validation"][:TEXTS]),
         }
         save_cocoa(backbone, processor, start)
-        with written_whole(facts) as file:
+        with atomic_write(facts) as file:
             file.write_text(json.dumps(known) + "\n", encoding="utf-8")
 
     def texts(self, rows: Dataset, split: str) -> list[str]:

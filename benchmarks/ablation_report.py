@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.retrieval import Estimate
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 
 RESAMPLES = 4000
 
@@ -159,5 +159,5 @@ def plot(
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     figure.suptitle(f"Difference to “{titles[reference]}”, with 95 % intervals", fontsize=10)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, dpi=150)

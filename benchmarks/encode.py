@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a folder's doors embed: stock sentence-transformers, remote code, and CocoaTransformer."""
+"""How fast a folder's loaders embed: stock sentence-transformers, remote code, and CocoaTransformer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STOCK = "SentenceTransformer(folder)"
 BATCH_SIZE = 16
 
 
-def open_doors(folder: Path, module: CocoaTransformer) -> dict[str, Callable[[list[Any]], np.ndarray]]:
+def load_in_every_way(folder: Path, module: CocoaTransformer) -> dict[str, Callable[[list[Any]], np.ndarray]]:
     """Ways to embed with one folder, by the line that a user writes."""
     stock = SentenceTransformer(str(folder))
     remote = SentenceTransformer(str(folder), trust_remote_code=True)
@@ -36,21 +36,21 @@ def open_doors(folder: Path, module: CocoaTransformer) -> dict[str, Callable[[li
 
 def bench_encode(folder: Path, count: int, repeats: int) -> dict[str, Any]:
     """
-    Measure every door on every workload.
+    Measure every loader on every workload.
 
     Returns:
-        `dict`: By workload and door, items a second, speed against the stock door, share of the machine's rate of
+        `dict`: By workload and loader, items a second, speed against the stock loader, share of the machine's rate of
         matrix multiplication (of the operations that real tokens need), peak memory, and the largest difference of a
-        vector's entry from the stock door's.
+        vector's entry from the stock loader's.
     """
     module = CocoaTransformer(folder).to(device())
-    doors = open_doors(folder, module)
+    loaders = load_in_every_way(folder, module)
     report: dict[str, Any] = {}
     for workload, items in make_workloads(count).items():
         needed = embedding_operations(module.model, module.processor.encode(items))
-        expected = doors[STOCK](items)
-        differences = {name: float(np.abs(door(items) - expected).max()) for name, door in doors.items()}
-        results, rate = alternate({name: partial(door, items) for name, door in doors.items()}, repeats)
+        expected = loaders[STOCK](items)
+        differences = {name: float(np.abs(loader(items) - expected).max()) for name, loader in loaders.items()}
+        results, rate = alternate({name: partial(loader, items) for name, loader in loaders.items()}, repeats)
         report[workload] = {
             name: {
                 "items a second": count / result.median,

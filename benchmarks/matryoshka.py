@@ -20,7 +20,7 @@ from evaluation.assets import find_file
 from evaluation.compact import CompactScore, score_compact
 from evaluation.emoji import load_emoji, split_rows
 from modeling_cocoa import CocoaTransformer
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 
 from .ablation import SETTINGS, Settings, arm_recipe
 
@@ -78,7 +78,7 @@ def measure(
         }
         for way, of_way in scores.items()
     }
-    with written_whole(results) as file:
+    with atomic_write(results) as file:
         file.write_text(json.dumps({"seed": seed, "recall": content}, indent=2) + "\n", encoding="utf-8")
     Console(width=140).print(as_markdown(scores), markup=False)
 

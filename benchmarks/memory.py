@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from modeling_cocoa.auto import BACKBONES
 from modeling_cocoa.configuration_cocoa import CocoaConfig
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 from modeling_cocoa.packing import pack
 
 logging.set_verbosity_error()
@@ -241,7 +241,7 @@ def measure() -> dict[str, dict[str, Any]]:
 def main(output: Annotated[Path, typer.Option(help="JSON file of what was measured.")] = RESULT) -> None:
     """Measure a layer of each model, and print what pre-training needs."""
     found = measure()
-    with written_whole(output) as path:
+    with atomic_write(output) as path:
         path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     typer.echo(markdown(found))
 

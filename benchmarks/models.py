@@ -46,7 +46,7 @@ def build_processor(max_length: int = 4096, max_pixels: int = 224 * 224) -> Coco
 
 
 def save_118m(folder: Path) -> Path:
-    """Write the 118M-parameter Qwen2-VL configuration with random weights, loadable through every door."""
+    """Write the 118M-parameter Qwen2-VL configuration with random weights, loadable through every loader."""
     processor = build_processor()
     save_cocoa(build_model(processor, TEXT_118M, VISION_118M, seed=0), processor, folder)
     return folder

@@ -50,13 +50,13 @@ def encode_works(scale: Scale, name: str, repeats: int, seconds: float) -> Itera
 
 def measure_workload(models: Models, workload: str, items: list[Any], repeats: int, seconds: float) -> dict[str, Any]:
     """
-    Measure every door on a workload, and ours by what it consists of.
+    Measure every loader on a workload, and ours by what it consists of.
 
     Returns:
         `dict`: By way, items and real tokens a second, share of the rate of bfloat16 matrix multiplication, peak
-        memory above the weights; of doors also the speed against the faster of the stock ones, and the smallest cosine
-        of a vector with the first stock one's: as it is, and with the mean of all vectors taken off, since those of
-        random weights are all alike (how much, says the mean cosine of two inputs).
+        memory above the weights; of loaders also the speed against the faster of the stock ones, and the smallest
+        cosine of a vector with the first stock one's: as it is, and with the mean of all vectors taken off, since
+        those of random weights are all alike (how much, says the mean cosine of two inputs).
 
     Raises:
         ValueError: a vector is not finite.
@@ -68,13 +68,13 @@ def measure_workload(models: Models, workload: str, items: list[Any], repeats: i
     batches = list(prepared_batches(ours, rows))
     needed, tokens = embedding_operations(ours.model, rows), sum(len(row["input_ids"]) for row in rows)
 
-    def kept(name: str, door: Callable[[list[Any]], np.ndarray]) -> None:
-        vectors[name] = door(items)
+    def kept(name: str, loader: Callable[[list[Any]], np.ndarray]) -> None:
+        vectors[name] = loader(items)
 
-    doors = {STOCK.format(size): partial(models.stock.encode, batch_size=size) for size in BATCH_SIZES}
-    stock = list(doors)
-    doors[OURS] = ours.encode
-    ways: dict[str, Callable[[], Any]] = {name: partial(kept, name, door) for name, door in doors.items()}
+    loaders = {STOCK.format(size): partial(models.stock.encode, batch_size=size) for size in BATCH_SIZES}
+    stock = list(loaders)
+    loaders[OURS] = ours.encode
+    ways: dict[str, Callable[[], Any]] = {name: partial(kept, name, loader) for name, loader in loaders.items()}
     ways[MODEL] = partial(run_batches, ours, batches)
     ways[READING] = partial(models.reader.encode, items)
     results, rate = alternate(ways, repeats, seconds=seconds, rate=bfloat16_rate)
@@ -86,10 +86,10 @@ def measure_workload(models: Models, workload: str, items: list[Any], repeats: i
             "tokens a second": tokens / result.median,
             "runs": len(result.seconds),
         }
-        if name in (*doors, MODEL):
+        if name in (*loaders, MODEL):
             found[name]["share of matmul rate"] = needed / result.median / rate
             found[name]["peak MiB"] = result.peak
-        if name in doors:
+        if name in loaders:
             found[name] |= {"against stock": best / result.median, **compare(vectors[name], vectors[stock[0]])}
     found[PROCESSOR] = {
         "items a second": len(items) / seconds_read,

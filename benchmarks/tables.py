@@ -22,7 +22,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def encode_tables(numbers: dict[str, Any]) -> str:
-    """Inputs a second of each door; of ours and the fastest stock one more; and where the time of ours goes."""
+    """Inputs a second of each loader; of ours and the fastest stock one more; and where the time of ours goes."""
     ways = list(dict.fromkeys(way for group in numbers.values() for way in group))
 
     def cell(group: dict[str, Any], way: str) -> str:

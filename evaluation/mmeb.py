@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 
 from .encoders import check_item, label
 from .metrics.mrr_at_k import mrr_at_k
@@ -282,7 +282,7 @@ def write_rankings(path: Path, data: TaskData, rankings: dict[int, Ranking], ima
                 "scores": list(ranking.scores),
             }
         )
-    with written_whole(path) as partial_path:
+    with atomic_write(path) as partial_path:
         partial_path.write_text(
             "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
         )

@@ -144,7 +144,7 @@ def errors_of(data: str) -> Iterator[None]:
     except Exception as error:  # pyarrow and datasets raise what they like
         reason = error.__cause__ or error
         raise ValueError(
-            f"{data} cannot be read ({type(reason).__name__}: {reason}); mend it, or download it again."
+            f"{data} cannot be read ({type(reason).__name__}: {reason}); fix it, or download it again."
         ) from error
 
 

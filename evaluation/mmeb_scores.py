@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 
 from .mmeb_tasks import KINDS, Kind
 
@@ -120,5 +120,5 @@ class Scores:
 
     def write(self, path: Path) -> None:
         """Write them as JSON."""
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.markdown import Markdown
 
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 
 from .encoders import Encoder, check_name
 from .mmeb import evaluate_model
@@ -97,11 +97,11 @@ def run_mmeb(
     if not state.is_main_process:
         return []
     report = markdown_report(found, published)
-    with written_whole(folder / "report.md") as path:
+    with atomic_write(folder / "report.md") as path:
         path.write_text(report, encoding="utf-8")
     console.print(Markdown(report))
     try:
-        with written_whole(folder / "chart.png") as path:
+        with atomic_write(folder / "chart.png") as path:
             draw_chart(found, published, path)
     except ImportError:
         console.print("No chart: matplotlib is not installed; run pip install 'cocoa-embed[bench]'.")
@@ -112,5 +112,5 @@ def run_mmeb(
 def write_page(model: str, folder: Path, score: TaskScore, data: TaskData, rankings: dict[int, Ranking]) -> None:
     """Write a task's page of hits and misses."""
     (folder / "pages").mkdir(parents=True, exist_ok=True)
-    with written_whole(folder / "pages" / f"{score.task}.html") as path:
+    with atomic_write(folder / "pages" / f"{score.task}.html") as path:
         path.write_text(render_task(model, score, data, rankings), encoding="utf-8")

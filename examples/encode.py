@@ -65,7 +65,7 @@ def main() -> None:
     document = model.encode_document([picture])
     print(f"query and document:        {model.similarity(query, document).item():.2f}")
 
-    # 6. The same vectors through two other doors. `trust_remote_code=True` runs the Python code that lies in the
+    # 6. The same vectors through two other loaders. `trust_remote_code=True` runs the Python code that lies in the
     #    model's folder: give it only for a folder that you trust. `CocoaTransformer(...).encode` needs this package,
     #    takes any mixture of inputs in one call, and is the fastest for many of them.
     remote = SentenceTransformer(folder, trust_remote_code=True).encode([{"text": text}])

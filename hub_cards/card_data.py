@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer import SentenceTransformerModelC
 from evaluation.mmeb_report import MEANS, markdown_report
 from evaluation.mmeb_scores import Scores
 from evaluation.mmeb_tasks import published_on
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 from modeling_cocoa.saving import CARD_MARK
 
 from .folder_facts import FolderFacts
@@ -123,7 +123,7 @@ class CocoaModelCardData(SentenceTransformerModelCardData):
     def write_fields(self, folder: str | os.PathLike) -> None:
         """Write what the author says into a model's folder, so that it is there when the card is written again."""
         if said := self.said():
-            with written_whole(Path(folder) / FIELDS_FILE) as path:
+            with atomic_write(Path(folder) / FIELDS_FILE) as path:
                 text = yaml.dump(said, Dumper=BlockDumper, sort_keys=False, allow_unicode=True, width=1000)
                 path.write_text(text, encoding="utf-8")
 
@@ -177,7 +177,7 @@ def write_card(folder: str | os.PathLike, card_data: CocoaModelCardData | None =
     """
     folder = Path(folder)
     path = folder / "README.md"
-    if is_somebodys(path):
+    if is_written_by_user(path):
         raise ValueError(
             f"{path} was not written by this package, and would be lost: put what it says into the `notes` of "
             f"{FIELDS_FILE} beside it, and remove it."
@@ -187,12 +187,12 @@ def write_card(folder: str | os.PathLike, card_data: CocoaModelCardData | None =
     data = earlier if card_data is None else card_data.beside(earlier)
     data.write_fields(folder)
     data.save_dir = os.fspath(folder)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         ModelCard.from_template(data, template_path=str(data.template_path)).save(partial)
     return path
 
 
-def is_somebodys(card: Path) -> bool:
+def is_written_by_user(card: Path) -> bool:
     """Whether there is a card that this package did not write."""
     return card.is_file() and CARD_MARK not in card.read_text(encoding="utf-8")
 

@@ -56,7 +56,7 @@ def uploaded_files(folder: Path) -> list[Path]:
 
 def find_problems(folder: Path) -> list[str]:
     """
-    What would be wrong with a folder on the Hub, each in a sentence that names the file and the mend; empty where
+    What would be wrong with a folder on the Hub, each in a sentence that names the file and the fix; empty where
     nothing is.
 
     Files of other kinds than safetensors, JSON, text and pictures; missing ones; weights that are not whole or not
@@ -90,7 +90,7 @@ def wrong_files(folder: Path) -> Iterator[str]:
         elif is_text(path) and b"\0" in path.read_bytes():
             yield f"{name} is not the text that its name says; remove it."
         elif path.suffix == ".json" and not is_json(path):
-            yield f"{name} is not valid JSON: mend it, or save the model again with modeling_cocoa.save_cocoa."
+            yield f"{name} is not valid JSON: fix it, or save the model again with modeling_cocoa.save_cocoa."
         elif path.stat().st_size > LARGEST:
             yield f"{name} has more than {LARGEST // 10**9} GB, which the Hub does not take; save in shards."
 
@@ -150,7 +150,7 @@ def wrong_card(folder: Path) -> Iterator[str]:
     try:
         card = ModelCard.load(folder / "README.md")
     except Exception as error:  # of YAML, or of what it holds
-        yield f"README.md: its head is not valid ({error}). Write it again with `cocoa card`, or mend it."
+        yield f"README.md: its head is not valid ({error}). Write it again with `cocoa card`, or fix it."
     else:
         if card.data.library_name != "sentence-transformers":
             yield "README.md: its head has no `library_name: sentence-transformers`. Write it again with `cocoa card`."

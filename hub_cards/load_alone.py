@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Run in a process of its own: the vectors of a few inputs through a folder's doors, without this package.
+Run in a process of its own: the vectors of a few inputs through a folder's loaders, without this package.
 
-`python load_alone.py FOLDER DOOR ...` with doors `stock` and `remote_code`; the last line printed is JSON, by door.
+`python load_alone.py FOLDER LOADER ...` with loaders `stock` and `remote_code`; the last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Absent(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}: it is not part of what a model's folder needs.")
 
 
-def main(folder: str, *doors: str) -> None:
-    """Print the vectors of each door."""
+def main(folder: str, *loaders: str) -> None:
+    """Print the vectors of each loader."""
     sys.meta_path.insert(0, Absent())
     import torch
     from PIL import Image
@@ -36,9 +36,9 @@ def main(folder: str, *doors: str) -> None:
     picture = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
     inputs = ["a photo of a dog", picture, {"image": picture, "text": "from dark to light"}, "rain " * 40]
     found = {}
-    for door in doors:
-        model = SentenceTransformer(folder, trust_remote_code=door == "remote_code")
-        found[door] = [
+    for loader in loaders:
+        model = SentenceTransformer(folder, trust_remote_code=loader == "remote_code")
+        found[loader] = [
             model.encode([item], normalize_embeddings=True, show_progress_bar=False)[0].tolist() for item in inputs
         ]
         del model

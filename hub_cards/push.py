@@ -25,9 +25,9 @@ from rich.table import Table
 from modeling_cocoa.auto import BACKBONES
 from modeling_cocoa.saving import WEIGHT_FILES, code_files, mend_cocoa
 
-from .doors import find_door_problems
 from .folder_checks import find_problems, is_json, told_too_much, uploaded_files
 from .folder_facts import read_json
+from .loading_checks import find_loading_problems
 from .space_folder import write_space
 from .training_record import RECORD_FILE, read_records
 
@@ -69,7 +69,7 @@ def push_model(
     Check name and login, then a model's folder, also in a fresh process by both ways to load it, and upload it as one
     commit.
 
-    Code that a re-save through the stock door has lost is put back in what is uploaded. Weights on the Hub that the
+    Code that a re-save through the stock loader has lost is put back in what is uploaded. Weights on the Hub that the
     folder no longer has are removed by the same commit; other files there stay.
 
     Args:
@@ -98,16 +98,16 @@ def push_model(
     check_name(repo_id)
     check_login(token, repo_id, console, dry_run)
     with staged(folder) as staging:
-        mended = put_code_back(staging)
+        repaired = put_code_back(staging)
         name_in_card(staging, repo_id)
         console.print("Checking the files, and loading them in a fresh process.")
-        problems = find_problems(staging) or find_door_problems(staging)
+        problems = find_problems(staging) or find_loading_problems(staging)
         if problems:
             raise FolderError(folder, problems)
         if note := pretraining_note(folder):
             console.print(note, style="yellow")
-        if mended:
-            console.print(f"Put back, as a re-save had lost them: {', '.join(mended)} ({folder} is as it was).")
+        if repaired:
+            console.print(f"Put back, as a re-save had lost them: {', '.join(repaired)} ({folder} is as it was).")
         console.print(list_files(staging, repo_id, revision))
         if dry_run:
             console.print("Nothing was uploaded: this was a dry run.")
@@ -312,7 +312,7 @@ def upload(
     except PushError:
         raise
     except Exception as error:  # of huggingface_hub and the HTTP library that it is built on, which has changed
-        fate = fate_of(api, repo_id, revision, repo_type, head)
+        fate = describe_failed_push(api, repo_id, revision, repo_type, head)
         raise PushError(f"{reason_of(error, repo_id)} {fate}") from error
 
 
@@ -337,7 +337,7 @@ def reason_of(error: Exception, repo_id: str) -> str:
     return f"The connection failed ({type(cause).__name__}: {cause}): push again; what has arrived is not sent twice."
 
 
-def fate_of(api: HfApi, repo_id: str, revision: str | None, repo_type: str, head: str | None) -> str:
+def describe_failed_push(api: HfApi, repo_id: str, revision: str | None, repo_type: str, head: str | None) -> str:
     """What became of the repository after a push that failed."""
     if head is None:
         return "Nothing was uploaded."

@@ -12,7 +12,7 @@ from evaluation.mmeb_report import draw_chart
 from evaluation.mmeb_scores import Scores
 from evaluation.mmeb_tasks import published_on
 from evaluation.vectors import weights_digest
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 RESULTS_FOLDER = "evaluation"
@@ -80,9 +80,9 @@ def add_result(folder: str | os.PathLike, scores_file: str | os.PathLike) -> Sco
         )
     target = Path(folder) / RESULTS_FOLDER
     target.mkdir(exist_ok=True)
-    with written_whole(target / f"{file_name(scores)}.png") as chart:
+    with atomic_write(target / f"{file_name(scores)}.png") as chart:
         draw_chart([scores], published_on(scores.benchmark), chart)
-    with written_whole(target / f"{file_name(scores)}.json") as written:
+    with atomic_write(target / f"{file_name(scores)}.json") as written:
         written.write_text(json.dumps(scores.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return scores
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 
 RECORD_FILE = "training.json"
 """Beside a model's weights: its stages, first to last."""
@@ -72,7 +72,7 @@ def read_records(folder: str | os.PathLike) -> list[StageRecord]:
     try:
         return [StageRecord(**stage) for stage in json.loads(path.read_text(encoding="utf-8"))["stages"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold the stages of a training ({error}): remove it, or mend it.") from error
+        raise ValueError(f"{path} does not hold the stages of a training ({error}): remove it, or fix it.") from error
 
 
 def write_records(folder: str | os.PathLike, records: list[StageRecord]) -> None:
@@ -84,5 +84,5 @@ def write_records(folder: str | os.PathLike, records: list[StageRecord]) -> None
         records (`list[StageRecord]`): First to last.
     """
     content = {"stages": [asdict(record) for record in records]}
-    with written_whole(Path(folder) / RECORD_FILE) as path:
+    with atomic_write(Path(folder) / RECORD_FILE) as path:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

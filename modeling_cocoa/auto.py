@@ -60,7 +60,8 @@ def check_backbone(pretrained_model_name_or_path: str | os.PathLike, **kwargs: A
     if model_type is None and holds_adapters(name, **kwargs):
         raise ValueError(
             f"{name} holds adapters (adapter_config.json), not a model: load the model that they were trained in and "
-            f"call backbone.load_adapter({str(name)!r}), then trainers.adapters.merged(backbone) for plain weights."
+            f"call backbone.load_adapter({str(name)!r}), then trainers.adapters.merge_adapters(backbone) for plain "
+            "weights."
         )
     if model_type is None and os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(f"{name} holds no model: it has no config.json.")

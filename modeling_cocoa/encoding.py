@@ -193,7 +193,7 @@ class Embedder:
             logger.warning("The GPU's memory does not suffice for pixels; the CPU makes them of some images.")
         return self.processor.encode(inputs, prompt=prompt)
 
-    def read_images(self, images: dict[bytes, tuple[Tensor, Tensor]]) -> None:
+    def encode_images(self, images: dict[bytes, tuple[Tensor, Tensor]]) -> None:
         """Have the features of some images, by digest, each of which comes as pixels and grid."""
         new = sorted(
             (digest for digest in images if digest not in self.features), key=lambda digest: len(images[digest][0])
@@ -206,7 +206,7 @@ class Embedder:
             device = self.model.device
             pixels = torch.cat([images[digest][0].to(device) for digest in batch])
             grids = torch.stack([images[digest][1] for digest in batch]).to(device)
-            self.features.update(zip(batch, self.model.read_images(pixels, grids), strict=True))
+            self.features.update(zip(batch, self.model.encode_images(pixels, grids), strict=True))
 
         self.run(new, lambda digest: len(images[digest][0]) // self.model.visual.spatial_merge_size**2, None, work)
 
@@ -314,7 +314,7 @@ def encode_inputs(
             parts = stack.enter_context(closing(read_ahead(map_ahead(pools[1], encode, parts, PARTS_AHEAD))))
         window, unfetched = Window(), Window()
         for part in parts:
-            embedder.read_images(part.take_images())
+            embedder.encode_images(part.take_images())
             window.add(part)
             if part.is_part:
                 continue

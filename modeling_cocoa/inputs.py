@@ -124,7 +124,7 @@ def digest_image(image: Image.Image) -> bytes:
 
 
 @dataclass(frozen=True)
-class Stretched:
+class ResizedImage:
     """
     An image of any form that [`load_image`] takes, to be stretched once it is loaded.
 
@@ -329,7 +329,7 @@ def load_image(value: Any, size: tuple[int, int] | None = None) -> Image.Image:
 
     Args:
         value: PIL image, path, bytes of a file, `data:image/...` string, a dict with `bytes` or `path`, or a
-            [`Stretched`] one of these; or an array or tensor of shape (height, width), (height, width, channels) or
+            [`ResizedImage`] one of these; or an array or tensor of shape (height, width), (height, width, channels) or
             (channels, height, width), of uint8, uint16 or bool, with 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA)
             channels.
         size (`tuple[int, int]`, *optional*): Width and height to stretch it to, whatever its shape.
@@ -338,7 +338,7 @@ def load_image(value: Any, size: tuple[int, int] | None = None) -> Image.Image:
         CocoaInputError: it is missing, corrupt, too large, of another type, or where it keeps its shape too small or
             too long.
     """
-    if isinstance(value, Stretched):
+    if isinstance(value, ResizedImage):
         value, size = value.image, value.size
     is_given = isinstance(value, Image.Image)
     name = "the image"
@@ -482,7 +482,7 @@ def _kind(item: Any) -> tuple[str, str]:
         return "text", _no_file(item, kind) if kind and not re.search(r"\s", item) else ""
     if isinstance(item, os.PathLike):
         return "video" if media_kind(item) == "video" else "image", ""
-    if isinstance(item, (Image.Image, Stretched, bytes, bytearray, memoryview)):
+    if isinstance(item, (Image.Image, ResizedImage, bytes, bytearray, memoryview)):
         return "image", ""
     if isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim in (2, 3, 4):
         return "video" if item.ndim == 4 else "image", ""

@@ -272,7 +272,7 @@ class CocoaModelMixin:
                 the ids say the same.
             second_per_grid_ts (`Tensor` of shape `(videos,)`, *optional*): Seconds a temporal patch, for Qwen2.5-VL.
             image_features (`Tensor` of shape `(image tokens, hidden)`, *optional*): With `image_grid_thw`, instead of
-                `pixel_values`: what [`~CocoaModelMixin.read_images`] gave for the images, one after another. So an
+                `pixel_values`: what [`~CocoaModelMixin.encode_images`] gave for the images, one after another. So an
                 image that occurs several times passes the vision tower once.
             eos_only (`bool`, defaults to `False`): Give the embeddings alone, and have the last layer compute no other
                 token: faster, with the same gradients.
@@ -307,11 +307,11 @@ class CocoaModelMixin:
         if input_ids is not None and self.language_model.config._attn_implementation != "eager":
             media = {}
             if pixel_values is not None:
-                image_features = torch.cat(self.read_images(pixel_values, image_grid_thw))
+                image_features = torch.cat(self.encode_images(pixel_values, image_grid_thw))
             if image_features is not None:
                 media[self.config.image_token_id] = image_features
             if pixel_values_videos is not None:
-                media[self.config.video_token_id] = torch.cat(self.read_images(pixel_values_videos, video_grid_thw))
+                media[self.config.video_token_id] = torch.cat(self.encode_images(pixel_values_videos, video_grid_thw))
             return self.forward_packed(input_ids, attention_mask, position_ids, inputs_embeds, media, eos_only)
         if image_features is not None:
             inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
@@ -336,7 +336,7 @@ class CocoaModelMixin:
         pooled = self.pooler(hidden, attention_mask, input_ids)
         return CocoaModelOutput(last_hidden_state=None if eos_only else hidden, pooler_output=pooled)
 
-    def read_images(self, pixel_values: Tensor, grid_thw: Tensor) -> list[Tensor]:
+    def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> list[Tensor]:
         """
         Features of images (or videos) from the vision tower: those of equal size attend together; on a CPU a few at a
         time.
@@ -372,7 +372,7 @@ class CocoaModelMixin:
         places = order.argsort().tolist()
         return [features[place] for place in places]
 
-    def touch_vision(self) -> Tensor:
+    def dummy_vision_sum(self) -> Tensor:
         """
         A number that every weight of the vision tower has a part in, from one grey image of a single token: for
         processes that train together, of which one has no image.
@@ -381,7 +381,7 @@ class CocoaModelMixin:
         grid = torch.tensor([[1, vision.spatial_merge_size, vision.spatial_merge_size]], device=self.device)
         width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         pixels = torch.zeros(int(grid.prod()), width, device=self.device)
-        return self.read_images(pixels, grid)[0].float().sum()
+        return self.encode_images(pixels, grid)[0].float().sum()
 
     def forward_packed(
         self,

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, Qwen2_5_VLProcessor, Qwen2VLProcessor
 
 from .chat_template import build_chat_template, control_tokens_of
-from .inputs import CocoaInputError, Conversation, Stretched, media_kind, read_input
+from .inputs import CocoaInputError, Conversation, ResizedImage, media_kind, read_input
 
 logger = logging.getLogger(__name__)
 
@@ -467,7 +467,7 @@ def check_list(inputs: Any) -> None:
     Raise `TypeError` where one input (or a table, whose columns Python would go through) was given instead of several:
     a list, or anything else that can be gone through, such as a Series, an array of objects or a generator.
     """
-    is_one = isinstance(inputs, (str, bytes, bytearray, memoryview, Mapping, os.PathLike, Image.Image, Stretched))
+    is_one = isinstance(inputs, (str, bytes, bytearray, memoryview, Mapping, os.PathLike, Image.Image, ResizedImage))
     is_one = is_one or isinstance(inputs, torch.Tensor)
     is_one = is_one or (isinstance(inputs, np.ndarray) and (inputs.ndim != 1 or inputs.dtype.kind not in "OUS"))
     if is_one or hasattr(inputs, "columns") or not isinstance(inputs, Iterable):

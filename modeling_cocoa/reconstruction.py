@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from .attention import EOS, PADDING, SOURCE, TARGET, attention_mask_for
 from .auto import load_backbone
-from .files import written_whole
+from .files import atomic_write
 from .heads import ImageDecoder, find_checkpoint_file, read_lm_head
 from .layers import merged_rotary
 from .losses import masked_token_loss, normalize_patches
@@ -273,7 +273,7 @@ class CocoaForReconstruction(nn.Module):
             state_dict (`Mapping[str, Tensor]`, *optional*): The model's weights, where it holds parts of them only.
         """
         heads = {name: value.contiguous() for name, value in self.heads_state_dict(state_dict).items()}
-        with written_whole(Path(folder) / HEADS_FILE) as path:
+        with atomic_write(Path(folder) / HEADS_FILE) as path:
             save_file(heads, path)
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
@@ -296,7 +296,7 @@ class CocoaForReconstruction(nn.Module):
         unit_mask: Tensor | None = None,
         image_is_target: Tensor | None = None,
         loss_counts: Tensor | None = None,
-        touch_all: bool = False,
+        use_all_parameters: bool = False,
     ) -> ReconstructionOutput:
         """
         Args:
@@ -315,9 +315,9 @@ class CocoaForReconstruction(nn.Module):
                 by default what this batch has of each (see [`count_losses`]), which makes them means. Where a step is
                 spread over processes or batches, its count in all of them makes the step's gradients those of one
                 batch.
-            touch_all (`bool`, defaults to `False`): Let every weight take part, with a gradient of zero where this
-                batch has no use for it, and every layer be called as often and in the same order as for any other
-                batch: processes that train together must, and all the more where they share out the weights.
+            use_all_parameters (`bool`, defaults to `False`): Let every weight take part, with a gradient of zero where
+                this batch has no use for it, and every layer be called as often and in the same order as for any
+                other batch: processes that train together must, and all the more where they share out the weights.
 
         Returns:
             [`ReconstructionOutput`].
@@ -326,9 +326,10 @@ class CocoaForReconstruction(nn.Module):
         image_tokens = input_ids == backbone.config.image_token_id
         inputs_embeds = backbone.get_input_embeddings()(input_ids)
         touched = []
-        if touch_all and (pixel_values is None or (image_is_target is not None and bool(image_is_target.all()))):
+        reads_no_image = pixel_values is None or (image_is_target is not None and bool(image_is_target.all()))
+        if use_all_parameters and reads_no_image:
             # Into the inputs, as an image's features go: the backward pass has the order of one with images.
-            inputs_embeds = inputs_embeds + (0.0 * backbone.touch_vision()).to(inputs_embeds)
+            inputs_embeds = inputs_embeds + (0.0 * backbone.dummy_vision_sum()).to(inputs_embeds)
         if pixel_values is not None:
             features = self._image_features(pixel_values, image_grid_thw, image_is_target).to(inputs_embeds)
             inputs_embeds = inputs_embeds.masked_scatter(image_tokens[..., None], features)
@@ -364,8 +365,8 @@ class CocoaForReconstruction(nn.Module):
                 targets = normalize_patches(targets)
             output.unit_losses = (output.pixels.float() - targets).square().mean(dim=(1, 2))
             sums["image"] = output.unit_losses.sum()
-        elif touch_all:
-            touched.append(self._touch_decoder(hidden))
+        elif use_all_parameters:
+            touched.append(self._dummy_decoder_sum(hidden))
         if not sums:
             raise ValueError("Nothing is masked in this batch: no labels and no units to predict.")
         counts = dict(zip(LOSSES, own_counts, strict=True))
@@ -375,7 +376,7 @@ class CocoaForReconstruction(nn.Module):
         output.loss = torch.stack(
             [weights.get(name, 1.0) * total / divisors[name] for name, total in sums.items()]
         ).sum()
-        if touch_all:
+        if use_all_parameters:
             state = hidden.flatten(0, 1)[:1]
             heads = [head for head in (self.lm_head, self.bridge_projection) if head is not None]
             touched += [
@@ -385,7 +386,7 @@ class CocoaForReconstruction(nn.Module):
             output.loss = output.loss + 0.0 * torch.stack(touched).sum()
         return output
 
-    def _touch_decoder(self, hidden: Tensor) -> Tensor:
+    def _dummy_decoder_sum(self, hidden: Tensor) -> Tensor:
         """A number that every weight of the image decoder has a part in, from one token."""
         segments = torch.full((1, 1), EOS, device=hidden.device)
         positions = torch.zeros(3, 1, 1, dtype=torch.long, device=hidden.device)
@@ -414,7 +415,7 @@ class CocoaForReconstruction(nn.Module):
         target_patches = image_is_target.repeat_interleave(patches)
         features = self.unit_mask_embedding.expand(pixel_values.shape[0] // merge, -1)
         if bool((~image_is_target).any()):
-            seen = self.model.read_images(pixel_values[~target_patches], image_grid_thw[~image_is_target])
+            seen = self.model.encode_images(pixel_values[~target_patches], image_grid_thw[~image_is_target])
             features = features.clone()
             features[~target_patches[::merge]] = torch.cat(seen).to(features.dtype)
         return features

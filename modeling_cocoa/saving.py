@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One folder, two doors: `SentenceTransformer(folder)` through stock classes, and with `trust_remote_code=True` ours.
+One folder, two loaders: `SentenceTransformer(folder)` through stock classes, and with `trust_remote_code=True` ours.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REQUIREMENTS = {
     },
     "sentence-transformers": {"specifier": ">=6.2,<7", "reason": "Older versions fail on lists of images."},
 }
-"""What sentence-transformers checks before it loads a folder, through either door."""
+"""What sentence-transformers checks before it loads a folder, through either loader."""
 
 CARD_MARK = "<!-- written by cocoa-embed, and again at every save: what is to stay goes into card.yaml -->"
 """At the end of a card that may be written again."""
@@ -55,7 +55,7 @@ def save_cocoa(
     complete: Callable[[Path], Any] | None = None,
 ) -> None:
     """
-    Write a model so that it loads through both doors, whole or not at all.
+    Write a model so that it loads through both loaders, whole or not at all.
 
     The folder is made ready beside its place and then moved file by file, the file that makes it loadable last; what
     else lies in an existing folder stays, older safetensors weights of a model apart.
@@ -127,7 +127,7 @@ def mend_cocoa(folder: str | os.PathLike) -> list[str]:
     """
     Complete a CoCoA folder that was saved by other means than [`save_cocoa`].
 
-    Saved again through the stock door, a folder keeps the reference to our code but neither the code nor the version
+    Saved again through the stock loader, a folder keeps the reference to our code but neither the code nor the version
     requirements: `trust_remote_code=True` then fails on a missing file. Saved by a `SentenceTransformer` of
     [`CocoaTransformer`], it names our package instead of code of its own.
 
@@ -194,7 +194,8 @@ def _check_backbone(backbone: Any) -> None:
     modules = backbone.modules() if isinstance(backbone, nn.Module) else ()
     if any(type(module).__module__.split(".")[0] == "peft" for module in modules):
         raise ValueError(
-            "The model has adapters, and a saved folder holds plain weights: save trainers.adapters.merged(backbone)."
+            "The model has adapters, and a saved folder holds plain weights: save "
+            "trainers.adapters.merge_adapters(backbone)."
         )
     if not (isinstance(backbone, PreTrainedModel) and hasattr(backbone, "cocoa")):
         raise ValueError(

@@ -114,7 +114,7 @@ class CocoaTransformer(InputModule):
             options = {**sizes, **(processor_kwargs or {})}
             processor = CocoaProcessor.from_pretrained(model_name_or_path, **options)
         self.processor = processor
-        self.touch_all = False
+        self.use_all_parameters = False
         """Let the vision tower take part in batches without images too, with a gradient of zero: processes that train
         together must, or those that have images wait for the others. Trainers set it."""
 
@@ -196,9 +196,9 @@ class CocoaTransformer(InputModule):
             if "video_grid_thw" in inputs:
                 columns = torch.arange(seconds.shape[1], device=seconds.device)
                 inputs["second_per_grid_ts"] = seconds[columns < videos.to(device)[:, None]]
-        if self.touch_all and "pixel_values" not in inputs and "pixel_values_videos" not in inputs:
+        if self.use_all_parameters and "pixel_values" not in inputs and "pixel_values_videos" not in inputs:
             # Into the inputs, as an image's features go: the backward pass has the order of one with images.
-            touched = 0.0 * self.model.touch_vision()
+            touched = 0.0 * self.model.dummy_vision_sum()
             embeds = self.model.get_input_embeddings()(inputs["input_ids"])
             inputs["inputs_embeds"] = embeds + touched.to(embeds)
         features["sentence_embedding"] = self.model(**inputs, eos_only=True).pooler_output

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoints that come with the project: whole, up to date with the code, the same through every door."""
+"""The checkpoints that come with the project: whole, up to date with the code, the same through every loader."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_its_card_is_what_its_folder_says(tmp_path, name):
     assert [record.stage for record in read_records(folder)] == STAGES[name]
 
 
-def test_every_door_gives_the_same_vectors():
+def test_every_loader_gives_the_same_vectors():
     rows = Dataset.from_parquet(str(ROOT / "data" / "emoji.parquet")).select(range(0, 1900, 100))
     items = [*rows["name"], *(row["noto"] for row in rows), {"text": rows[0]["name"], "image": rows[0]["noto"]}]
     stock = SentenceTransformer(str(CHECKPOINT), device="cpu").encode(items)

@@ -121,7 +121,7 @@ def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def test_every_kind_of_input_is_embedded(tmp_path):
-    """What is printed are the cosines of the model's own vectors; all doors agree."""
+    """What is printed are the cosines of the model's own vectors; all loaders agree."""
     name = write_pictures(tmp_path / "pictures", "train", 60)[59]
     picture = tmp_path / "pictures" / "59.png"
     printed = run_python(EXAMPLES / "encode.py", picture, name)

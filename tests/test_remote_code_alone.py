@@ -20,7 +20,7 @@ TEXT = "a cat with heart eyes"
 SETTINGS = json.loads((CHECKPOINT / "config_sentence_transformers.json").read_text(encoding="utf-8"))
 # With an older transformers sentence-transformers refuses the folder, and so does this package; the model alone works.
 IS_RECENT = transformers.__version__ in SpecifierSet(SETTINGS["requirements"]["transformers"]["specifier"])
-SENTENCE_TRANSFORMERS_DOORS = ["stock", "remote"] if IS_RECENT else []
+SENTENCE_TRANSFORMERS_LOADERS = ["stock", "remote"] if IS_RECENT else []
 STARTS = [
     [0.1148059, -0.0135020, -0.0075082, -0.1348359],
     [-0.0541731, -0.0548035, 0.0679024, 0.0545812],
@@ -32,7 +32,7 @@ ALONE = """
 import json, sys
 
 sys.path[:] = json.loads(sys.argv[1])
-folder, picture, text, *doors = sys.argv[2:]
+folder, picture, text, *loaders = sys.argv[2:]
 try:
     import modeling_cocoa
 except ModuleNotFoundError:
@@ -45,12 +45,12 @@ from transformers import AutoModel, AutoProcessor
 
 items = [text, {"image": picture}, {"image": picture, "text": text}]
 found = {}
-for door in doors:
+for loader in loaders:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(folder, device="cpu", trust_remote_code=door == "remote")
-    assert type(model.transformers_model).__name__.startswith("Cocoa") == (door == "remote"), model
-    found[door] = model.encode(items).tolist()
+    model = SentenceTransformer(folder, device="cpu", trust_remote_code=loader == "remote")
+    assert type(model.transformers_model).__name__.startswith("Cocoa") == (loader == "remote"), model
+    found[loader] = model.encode(items).tolist()
 
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder)
@@ -78,13 +78,13 @@ def picture(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(picture, tmp_path_factory) -> dict:
-    """What a process without the package finds: vectors by door."""
+    """What a process without the package finds: vectors by loader."""
     # Isolated and without `site`, which would put an editable install of the project on the path again.
     # Nor with the remote code that this process has copied, which would hide what the other one copies.
     unwanted = ("modeling_cocoa", "transformers_modules")
     libraries = [path for path in sys.path if not any((Path(path) / name).exists() for name in unwanted)]
     empty = tmp_path_factory.mktemp("empty")
-    arguments = [str(CHECKPOINT), str(picture), TEXT, *SENTENCE_TRANSFORMERS_DOORS]
+    arguments = [str(CHECKPOINT), str(picture), TEXT, *SENTENCE_TRANSFORMERS_LOADERS]
     caches = {"HF_HOME": str(empty / "hub"), "HF_MODULES_CACHE": str(empty / "modules")}
     result = subprocess.run(
         [sys.executable, "-I", "-S", "-c", ALONE, json.dumps(libraries), *arguments],
@@ -98,13 +98,13 @@ def alone(picture, tmp_path_factory) -> dict:
 
 
 @pytest.mark.skipif(not IS_RECENT, reason="the package needs a newer transformers")
-@pytest.mark.parametrize("door", [*SENTENCE_TRANSFORMERS_DOORS, "transformers"])
-def test_a_door_gives_the_vectors_of_the_package(alone, picture, door):
+@pytest.mark.parametrize("loader", [*SENTENCE_TRANSFORMERS_LOADERS, "transformers"])
+def test_a_loader_gives_the_vectors_of_the_package(alone, picture, loader):
     from modeling_cocoa import CocoaTransformer
 
     image = str(picture)
     expected = CocoaTransformer(CHECKPOINT).encode([TEXT, {"image": image}, {"image": image, "text": TEXT}])
-    np.testing.assert_allclose(alone[door], expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(alone[loader], expected, atol=1e-5, rtol=0)
 
 
 def test_the_vectors_are_those_of_every_other_version(alone):

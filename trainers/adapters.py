@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from modeling_cocoa.auto import BACKBONES, load_backbone
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 from modeling_cocoa.modeling_cocoa import keep_quantized_weights
 
 ADAPTER_FILE = "adapter_state.safetensors"
@@ -56,7 +57,7 @@ def prepare_parts(backbone: nn.Module, freeze_parts: Sequence[str], peft_config:
     if given and (peft_config is not None or len(given) > 1):
         raise ValueError(
             f"The backbone has the adapters {sorted(given)} already: fold them into its weights first, with "
-            "trainers.adapters.merged(backbone)."
+            "trainers.adapters.merge_adapters(backbone)."
         )
     for config in given.values():
         check_mergeable(config)
@@ -82,7 +83,7 @@ def prepare_parts(backbone: nn.Module, freeze_parts: Sequence[str], peft_config:
         if given:
             raise ValueError(
                 "The adapters of the backbone do not train: load them with load_adapter(..., is_trainable=True), or "
-                "fold them into its weights, with trainers.adapters.merged(backbone)."
+                "fold them into its weights, with trainers.adapters.merge_adapters(backbone)."
             )
         raise ValueError(f"Nothing of the backbone is left to train with freeze_parts={list(freeze_parts)}.")
 
@@ -153,7 +154,7 @@ def save_adapter(
 ) -> None:
     """Write the adapters of a run into its checkpoint, whole or not at all; nothing where there are none."""
     if has_adapter(backbone):
-        with written_whole(Path(folder) / ADAPTER_FILE) as path:
+        with atomic_write(Path(folder) / ADAPTER_FILE) as path:
             save_file(adapter_state_dict(backbone, state_dict), path)
 
 
@@ -175,7 +176,7 @@ def load_checkpoint(backbone: Any, folder: str | os.PathLike) -> None:
         return
     state = load_file(file)
     found = {name: value.shape for name, value in state.items()}
-    own = {name: whole_shape(value) for name, value in backbone.named_parameters() if value.requires_grad}
+    own = {name: unsharded_shape(value) for name, value in backbone.named_parameters() if value.requires_grad}
     if found != own:
         names = sorted(name for name in {*found, *own} if found.get(name) != own.get(name))
         raise ValueError(
@@ -185,12 +186,12 @@ def load_checkpoint(backbone: Any, folder: str | os.PathLike) -> None:
     load_weights(backbone, state, strict=False)
 
 
-def whole_shape(weight: Tensor) -> torch.Size:
+def unsharded_shape(weight: Tensor) -> torch.Size:
     """The shape of a weight, also where DeepSpeed has shared it out."""
     return torch.Size(getattr(weight, "ds_shape", weight.shape))
 
 
-def below(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def submodule_state_dict(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The weights of a part of a model, by their names in it."""
     return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
 
@@ -207,7 +208,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, strict: bo
         raise RuntimeError(f"The weights {sorted(unknown)} have no place in {type(module).__name__}.")
 
 
-def merged(backbone: Any, state_dict: Mapping[str, Tensor] | None = None) -> Any:
+def merge_adapters(backbone: Any, state_dict: Mapping[str, Tensor] | None = None) -> Any:
     """
     A backbone of plain weights, as a saved folder holds it: adapters folded in, quantized weights as numbers again.
 
@@ -227,7 +228,7 @@ def merged(backbone: Any, state_dict: Mapping[str, Tensor] | None = None) -> Any
     if state_dict is None:
         if not has_adapter(backbone):
             return backbone
-        state_dict = unquantized(backbone)
+        state_dict = dequantized_state_dict(backbone)
     whole = without_weights(backbone)
     whole.pooler = backbone.pooler
     if has_adapter(backbone):
@@ -249,6 +250,12 @@ def merged(backbone: Any, state_dict: Mapping[str, Tensor] | None = None) -> Any
     return whole
 
 
+def merged(backbone: Any, state_dict: Mapping[str, Tensor] | None = None) -> Any:
+    """The former name of [`merge_adapters`]; goes in the next release."""
+    warnings.warn("trainers.adapters.merged is now called merge_adapters.", FutureWarning, stacklevel=2)
+    return merge_adapters(backbone, state_dict)
+
+
 def without_weights(backbone: Any) -> Any:
     """A backbone of the same configuration, not quantized, whose weights have shapes only."""
     config = copy.deepcopy(backbone.config)
@@ -258,7 +265,7 @@ def without_weights(backbone: Any) -> Any:
         return BACKBONES[config.model_type](config)
 
 
-def unquantized(backbone: nn.Module) -> dict[str, Tensor]:
+def dequantized_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
     """The weights by name; of layers that bitsandbytes keeps in 4 or 8 bits, those that they compute with."""
     state = backbone.state_dict()
     for name, module in backbone.named_modules():

@@ -192,7 +192,7 @@ def is_complete(state: TrainerState, args: TrainingArguments) -> bool:
 
 
 @contextmanager
-def whole_weights(args: TrainingArguments) -> Iterator[None]:
+def unsharded_weights(args: TrainingArguments) -> Iterator[None]:
     """
     Within it models are loaded and saved whole, also under DeepSpeed's ZeRO-3, where transformers would share them out
     while it loads them: the mask token and the heads are made from whole weights, and one process writes alone.
@@ -271,7 +271,7 @@ class CocoaTrainerMixin:
                 if is_complete(state, self.args):
                     # transformers would make one more step, wherever the last one was not the end of an epoch.
                     best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-                    with whole_weights(self.args):
+                    with unsharded_weights(self.args):
                         self._load_from_checkpoint(best or resume_from_checkpoint)
                     self.state = state
                     logger.warning(f"{folder} had ended at step {begun_at}; nothing was trained.")
@@ -447,7 +447,7 @@ class CocoaTrainerMixin:
                 "A checkpoint holds the whole model: set stage3_gather_16bit_weights_on_model_save (zero3_save_16bit_"
                 "model in accelerate's file), as in trainers/accelerate_configs/deepspeed_zero3.yaml."
             )
-        with whole_weights(self.args), random_state_kept():
+        with unsharded_weights(self.args), random_state_kept():
             self.write_model(output_dir if output_dir is not None else self.args.output_dir, state_dict)
 
     def _load_best_model(self) -> None:

@@ -18,7 +18,7 @@ from modeling_cocoa.processing_cocoa import CocoaProcessor
 
 from .collators import choose_parts
 from .datasets import ROWS_AT_ONCE, EpochSampler
-from .rows import is_pair, parts_of, undecoded
+from .rows import is_pair, parts_of, without_image_decoding
 
 
 class TokenBatchSampler(Sampler[list[int]]):
@@ -92,7 +92,7 @@ def count_row_tokens(dataset: Dataset, processor: CocoaProcessor, size: tuple[in
         and a row that is none, count nothing; whoever reads them later says so.
     """
     settings = processor.image_processor
-    dataset = dataset.cast(undecoded(dataset.features))
+    dataset = dataset.cast(without_image_decoding(dataset.features))
     counts = np.zeros((len(dataset), 3), dtype=np.int64)
     with tqdm(total=len(dataset), desc="Counting tokens", unit="row", leave=False) as bar:
         for start in range(0, len(dataset), ROWS_AT_ONCE):

@@ -407,7 +407,7 @@ def count_images(segment: Segment | None) -> int:
     return 0 if segment is None or segment.image_grid_thw is None else len(segment.image_grid_thw)
 
 
-def take_apart(batch: Mapping[str, Any]) -> list[Example]:
+def split_batch(batch: Mapping[str, Any]) -> list[Example]:
     """The examples that [`ReconstructionCollator.collate`] made a batch of."""
     images: list[dict[str, Tensor]] = []
     if "image_grid_thw" in batch:

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from modeling_cocoa.inputs import CocoaInputError, input_parts, load_image
 
-from .rows import undecoded
+from .rows import without_image_decoding
 
 ROWS_OF_A_PROCESS = 1000
 """Rows for which it pays to start another process."""
@@ -50,7 +50,7 @@ def content_keys(dataset: Dataset) -> Dataset:
     Args:
         dataset ([`~datasets.Dataset`]): Of pairs. Every image is read once.
     """
-    dataset = dataset.cast(undecoded(dataset.features))
+    dataset = dataset.cast(without_image_decoding(dataset.features))
     processes = min(MOST_PROCESSES, (os.cpu_count() or 1) - 1, len(dataset) // ROWS_OF_A_PROCESS)
     return dataset.map(
         row_keys,

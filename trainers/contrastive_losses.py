@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from torch import Tensor, nn
 
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 
 from .contrastive_config import SMALLEST_TEMPERATURE, CocoaContrastiveConfig
 from .measuring import measuring
@@ -154,7 +154,7 @@ class LearnedTemperatureLoss(nn.Module):
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write the temperature into a checkpoint's folder."""
-        with written_whole(Path(folder) / TEMPERATURE_FILE) as file:
+        with atomic_write(Path(folder) / TEMPERATURE_FILE) as file:
             save_file({"log_scale": self.log_scale.detach().cpu()}, file)
 
     def load(self, folder: str | os.PathLike) -> None:

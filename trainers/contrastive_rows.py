@@ -17,7 +17,7 @@ from modeling_cocoa.inputs import CocoaInputError
 
 from .contrastive_config import CocoaContrastiveConfig
 from .datasets import check_rows
-from .rows import open_images, undecoded
+from .rows import open_images, without_image_decoding
 
 logger = logging.get_logger(__name__)
 
@@ -97,7 +97,7 @@ def readable_rows(
     if isinstance(dataset, dict):
         parts = {key: readable_rows(part, collator, f"{name} ({key})", args, key) for key, part in dataset.items()}
         return type(dataset)(parts)
-    dataset = dataset.cast(undecoded(dataset.features))
+    dataset = dataset.cast(without_image_decoding(dataset.features))
     if not args.check_data:
         return dataset
     known = {} if key is None else {"dataset_name": key}  # which has prompts of its own

@@ -27,8 +27,8 @@ from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
-from .adapters import below, load_checkpoint, merged, prepare_parts, save_adapter
-from .base import CocoaTrainerMixin, check_devices, check_not_peft, check_sizes, whole_weights
+from .adapters import load_checkpoint, merge_adapters, prepare_parts, save_adapter, submodule_state_dict
+from .base import CocoaTrainerMixin, check_devices, check_not_peft, check_sizes, unsharded_weights
 from .content import content_keys
 from .contrastive_config import CocoaContrastiveConfig
 from .contrastive_losses import LearnedTemperatureLoss, contrastive_loss
@@ -103,7 +103,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         elif not isinstance(model, SentenceTransformer):
             # In float32 whatever the checkpoint holds: small steps are lost in bfloat16 weights.
             check_backbone(model)
-            with whole_weights(args):
+            with unsharded_weights(args):
                 processor = processing_class if processing_class is not None else args.load_processor(model)
                 module = CocoaTransformer(model, processor, model_kwargs={"dtype": torch.float32})
             model = SentenceTransformer(modules=[module])
@@ -115,7 +115,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         if given:
             check_sizes(args, model[0].processor)
         attach_eos_token(model[0].model, model[0].processor.eos_token_id)
-        model[0].touch_all = args.world_size > 1
+        model[0].use_all_parameters = args.world_size > 1
         if card_data is None and isinstance(model.model_card_data, CocoaModelCardData):
             card_data = model.model_card_data
         self.record = RunRecord(model[0].model, train_dataset, card_data)
@@ -335,7 +335,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
 
     def write_model(self, folder: str, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """
-        Write the folder that both doors load; adapters are folded in, and kept beside it for resuming.
+        Write the folder that both loaders load; adapters are folded in, and kept beside it for resuming.
 
         Args:
             folder (`str`): Where to.
@@ -343,8 +343,8 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         """
         module = self.model[0]
         model = self.model
-        state_dict = None if state_dict is None else below(state_dict, "0.model.")
-        plain = merged(module.model, state_dict)
+        state_dict = None if state_dict is None else submodule_state_dict(state_dict, "0.model.")
+        plain = merge_adapters(module.model, state_dict)
         if plain is not module.model:
             model = SentenceTransformer(
                 modules=[CocoaTransformer(plain, module.processor)],

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from modeling_cocoa.inputs import CocoaInputError, input_parts
 
-from .rows import PAIR_COLUMNS, ROW_COLUMNS, choose_columns, has_image, undecoded
+from .rows import PAIR_COLUMNS, ROW_COLUMNS, choose_columns, has_image, without_image_decoding
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +36,7 @@ def check_weights(parts: Mapping[str, Any], weights: Mapping[str, float] | None)
         )
 
 
-def warn_of_unused(columns: SequenceOf[str], chosen: SequenceOf[str], what: str) -> None:
+def warn_unused_columns(columns: SequenceOf[str], chosen: SequenceOf[str], what: str) -> None:
     """Name columns that rows are not read from; negatives of pairs, which contrastive training reads, apart."""
     is_pair = list(chosen) == list(PAIR_COLUMNS)
     unused = [name for name in columns if name not in chosen and not (is_pair and re.fullmatch(r"negative_\d+", name))]
@@ -79,11 +79,11 @@ class ReconstructionDataset(torch.utils.data.Dataset):
         for name, part in datasets.items():
             what = f"The dataset {name!r}" if name else "The dataset"
             columns = choose_columns(part.column_names, what)
-            warn_of_unused(part.column_names, columns, what)
+            warn_unused_columns(part.column_names, columns, what)
             part = part.select_columns(columns)
             if not len(part):
                 raise ValueError(f"{what} has no rows.")
-            self.parts[name] = part.cast(undecoded(part.features))
+            self.parts[name] = part.cast(without_image_decoding(part.features))
         self.keep({name: range(len(part)) for name, part in self.parts.items()})
 
     def keep(self, rows: Mapping[str, SequenceOf[int]]) -> None:

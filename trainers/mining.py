@@ -23,7 +23,7 @@ from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 from .content import digest
-from .rows import open_images, undecoded
+from .rows import open_images, without_image_decoding
 
 
 class Lookup(InputModule):
@@ -112,7 +112,7 @@ def mine_negatives(
     prompts = {"query": query_prompt, "positive": target_prompt}
     numbers, rows, vectors, offset = {}, [], [], 0
     for name, side in sides.items():
-        cells = side.cast(undecoded(side.features))[name]
+        cells = side.cast(without_image_decoding(side.features))[name]
         firsts: dict[str, int] = {}
         keys = [digest(cell) for cell in cells]
         for row, key in enumerate(keys):

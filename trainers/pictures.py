@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from modeling_cocoa.attention import TARGET
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.reconstruction import ReconstructionOutput
 
@@ -181,10 +181,10 @@ def save_reconstructions(output_dir: Path, step: int, grid: Image.Image | None, 
     folder = output_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     if grid is not None:
-        with written_whole(folder / f"step-{step}.png") as path:
+        with atomic_write(folder / f"step-{step}.png") as path:
             grid.save(path)
     if texts:
-        with written_whole(folder / f"step-{step}.txt") as path:
+        with atomic_write(folder / f"step-{step}.txt") as path:
             path.write_text(texts, encoding="utf-8")
     return None if grid is None else folder / f"step-{step}.png"
 

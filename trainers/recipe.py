@@ -25,7 +25,7 @@ from hub_cards.card_data import CocoaModelCardData
 from modeling_cocoa.auto import check_backbone, load_backbone
 from modeling_cocoa.reconstruction import CocoaForReconstruction
 
-from .base import whole_weights
+from .base import unsharded_weights
 from .contrastive_config import CocoaContrastiveConfig
 from .contrastive_rows import column_prompts
 from .contrastive_trainer import CocoaContrastiveTrainer
@@ -353,7 +353,7 @@ def build_trainer(
         prompts_for_variants(args, list(train_dataset))
         train_dataset = DatasetDict(train_dataset)
         eval_dataset = eval_dataset and DatasetDict(eval_dataset)
-    with whole_weights(args):
+    with unsharded_weights(args):
         model, processor, peft_config = load_model(recipe, model_path, args, find_file)
     trainer_class = CocoaContrastiveTrainer if is_contrastive else CocoaReconstructionTrainer
     return trainer_class(

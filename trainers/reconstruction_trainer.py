@@ -35,10 +35,18 @@ from modeling_cocoa.reconstruction import (
 )
 from modeling_cocoa.saving import save_cocoa
 
-from .adapters import below, has_adapter, load_checkpoint, load_weights, merged, prepare_parts, save_adapter
-from .base import CocoaTrainerMixin, check_devices, check_not_peft, check_sizes, whole_weights
+from .adapters import (
+    has_adapter,
+    load_checkpoint,
+    load_weights,
+    merge_adapters,
+    prepare_parts,
+    save_adapter,
+    submodule_state_dict,
+)
+from .base import CocoaTrainerMixin, check_devices, check_not_peft, check_sizes, unsharded_weights
 from .batching import TokenBatchSampler, count_row_tokens
-from .collators import Example, ReconstructionCollator, model_arguments, rows_of_units, swap_sources, take_apart
+from .collators import Example, ReconstructionCollator, model_arguments, rows_of_units, split_batch, swap_sources
 from .datasets import EpochSampler, ReconstructionDataset, drop_pairs_without_text
 from .masking import IGNORE_INDEX
 from .measuring import measuring
@@ -103,7 +111,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             # In float32 whatever the checkpoint holds: steps of 2e-6 are lost in bfloat16 weights. With `bf16=True`
             # the computation is in bfloat16 all the same.
             name = model
-            with whole_weights(args):
+            with unsharded_weights(args):
                 model = CocoaForReconstruction.from_pretrained(name, dtype=torch.float32, **args.head_options())
             if processing_class is None:
                 processing_class = args.load_processor(name)
@@ -282,8 +290,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         # DDP and its kin take the mean over processes, of losses that are parts of a sum here.
         counts = None if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
         # What is frozen, or without adapters, leaves batches in which nothing has a gradient.
-        touch_all = self._is_distributed or bool(self.args.freeze_parts) or has_adapter(self.backbone)
-        output = model(**model_arguments(inputs), loss_counts=counts, touch_all=touch_all)
+        use_all_parameters = self._is_distributed or bool(self.args.freeze_parts) or has_adapter(self.backbone)
+        output = model(**model_arguments(inputs), loss_counts=counts, use_all_parameters=use_all_parameters)
         self.check_loss(output.loss, lambda: inputs["rows"])
         sums = sums_of_rows(inputs, output)
         if not model.training:
@@ -292,7 +300,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         for name, (totals, numbers) in sums.items():
             self._means.add(name, totals.sum(), numbers.sum())
         if self.args.stage == "bridge" and self._logs_this_step():
-            for name, (total, number) in self._eos_information(model, take_apart(inputs)[:EOS_ROWS]).items():
+            for name, (total, number) in self._eos_information(model, split_batch(inputs)[:EOS_ROWS]).items():
                 self._means.add(name, total, number)
         if self.args.on_bad_sample == "skip" or isinstance(self.train_dataset, ReconstructionStream):
             self._means.add("skipped_rows", inputs.get("num_skipped", 0), 1)
@@ -331,7 +339,9 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             for rows, sign in ((own or examples, -1), (swapped or examples, 1)):
                 for start in range(0, len(rows), batch_size):
                     batch = self._prepare_inputs(self.data_collator.collate(rows[start : start + batch_size]))
-                    sums = sums_of_rows(batch, model(**model_arguments(batch), touch_all=self._is_distributed))
+                    sums = sums_of_rows(
+                        batch, model(**model_arguments(batch), use_all_parameters=self._is_distributed)
+                    )
                     for loss, kind in EOS_KINDS.items():
                         if own and (pair := sums.get(f"loss_{loss}")) is not None:
                             name = f"eos_information_{kind}"
@@ -428,18 +438,18 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
 
     def write_model(self, folder: str, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
         """
-        Write the folder that both doors load; adapters are folded in, and kept beside it for resuming.
+        Write the folder that both loaders load; adapters are folded in, and kept beside it for resuming.
 
         Args:
             folder (`str`): Where to.
             state_dict (`Mapping[str, Tensor]`, *optional*): The whole weights, where processes share them out.
         """
-        backbone_state = None if state_dict is None else below(state_dict, "model.")
+        backbone_state = None if state_dict is None else submodule_state_dict(state_dict, "model.")
         os.makedirs(folder, exist_ok=True)
         self.model.save_heads(folder, state_dict)
         save_adapter(self.model.model, folder, backbone_state)
         # Last what makes the folder a model: with it, all is there.
-        model = merged(self.model.model, backbone_state)
+        model = merge_adapters(self.model.model, backbone_state)
         save_cocoa(model, self.processing_class, folder, complete=partial(self.complete_folder, target=folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import CodeCarbonCallback
 
-from hub_cards.card_data import FIELDS_FILE, PICTURE, CocoaModelCardData, is_somebodys, write_card
+from hub_cards.card_data import FIELDS_FILE, PICTURE, CocoaModelCardData, is_written_by_user, write_card
 from hub_cards.training_record import StageRecord, read_records, write_records
 
 from .run_folder import (
@@ -166,7 +166,7 @@ class RunRecord:
         if (target / FIELDS_FILE).is_file():
             shutil.copyfile(target / FIELDS_FILE, folder / FIELDS_FILE)
         card = write_card(folder, self.card_data)
-        if is_somebodys(target / card.name):
+        if is_written_by_user(target / card.name):
             card.unlink()
             logger.warning(
                 "%s was not written by this package, and stays as it is: what it says of the training may be old.",

@@ -11,7 +11,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from .content import content_key
 from .contrastive_rows import prompts_of
-from .rows import open_images, undecoded
+from .rows import open_images, without_image_decoding
 
 RANKS = (1, 5, 10)
 """Of Recall@k; MRR and nDCG are of the last."""
@@ -42,7 +42,7 @@ def retrieval_evaluator(
     evaluators = []
     for name, dataset in parts.items():
         own = prompts_of(prompts, name)
-        dataset = dataset.cast(undecoded(dataset.features))
+        dataset = dataset.cast(without_image_decoding(dataset.features))
         queries: dict[str, Any] = {}
         corpus: dict[str, Any] = {}
         relevant: dict[str, set[str]] = {}

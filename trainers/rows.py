@@ -10,7 +10,7 @@ from datasets import Image, LargeList
 from datasets import Sequence as SequenceFeature
 from datasets.utils.file_utils import is_local_path, xopen
 
-from modeling_cocoa.inputs import CocoaInputError, Stretched, input_messages, input_parts
+from modeling_cocoa.inputs import CocoaInputError, ResizedImage, input_messages, input_parts
 
 PAIR_COLUMNS = ("query", "positive")
 """Columns of a pair, as contrastive training has them."""
@@ -133,14 +133,14 @@ def parts_of(row: Mapping[str, Any]) -> list[Part]:
     return join_texts(parts)
 
 
-def undecoded(feature: Any) -> Any:
+def without_image_decoding(feature: Any) -> Any:
     """A dataset's features with every image left as the bytes or the path that it is."""
     if isinstance(feature, Image):
         return Image(decode=False)
     if isinstance(feature, dict):
-        return type(feature)({name: undecoded(part) for name, part in feature.items()})
+        return type(feature)({name: without_image_decoding(part) for name, part in feature.items()})
     if isinstance(feature, (SequenceFeature, LargeList)):
-        return type(feature)(undecoded(feature.feature))
+        return type(feature)(without_image_decoding(feature.feature))
     return feature
 
 
@@ -150,7 +150,8 @@ def open_images(item: Any, size: tuple[int, int] | None = None) -> Any:
     images are opened everywhere.
 
     Args:
-        item: As in [`CocoaProcessor.encode`], with images of any form, those that [`undecoded`] leaves among them.
+        item: As in [`CocoaProcessor.encode`], with images of any form, those that
+            [`without_image_decoding`] leaves among them.
         size (`tuple[int, int]`, *optional*): Width and height, in pixels, to which every image is to be stretched.
 
     Returns:
@@ -169,7 +170,7 @@ def open_images(item: Any, size: tuple[int, int] | None = None) -> Any:
         if part["type"] == "image":
             image = fetch_image(part["image"])
             is_changed = is_changed or image is not part["image"]
-            part["image"] = image if size is None else Stretched(image, size)
+            part["image"] = image if size is None else ResizedImage(image, size)
     return messages if is_changed else item
 
 

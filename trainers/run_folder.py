@@ -21,7 +21,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from modeling_cocoa.files import written_whole
+from modeling_cocoa.files import atomic_write
 
 try:
     import fcntl
@@ -148,7 +148,7 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 def write_run(folder: str | os.PathLike, facts: Mapping[str, Any]) -> None:
     """Write what the run of an output folder is started with."""
-    with written_whole(Path(folder, RUN_FILE)) as path:
+    with atomic_write(Path(folder, RUN_FILE)) as path:
         path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -224,9 +224,9 @@ def fingerprint_rows(dataset: Any) -> str:
     """The number of rows of a dataset and a digest of their content."""
     digest = hashlib.blake2b(digest_size=8)
     if isinstance(dataset, IterableDataset):
-        from .rows import undecoded
+        from .rows import without_image_decoding
 
-        rows = dataset if dataset.features is None else dataset.cast(undecoded(dataset.features))
+        rows = dataset if dataset.features is None else dataset.cast(without_image_decoding(dataset.features))
         for row in rows.take(READ_STREAMED_ROWS):
             feed(digest, row)
         return f"streamed rows ({digest.hexdigest()})"

@@ -15,8 +15,8 @@ from datasets.distributed import split_dataset_by_node
 from modeling_cocoa.inputs import CocoaInputError, input_messages
 
 from .collators import Example, ReconstructionCollator
-from .datasets import check_weights, warn_of_unused
-from .rows import PAIR_COLUMNS, NoTargetTextError, choose_columns, undecoded
+from .datasets import check_weights, warn_unused_columns
+from .rows import PAIR_COLUMNS, NoTargetTextError, choose_columns, without_image_decoding
 
 MESSAGES = [
     {
@@ -50,7 +50,7 @@ def mix_streams(
         stream = with_image_columns(stream.select_columns(columns))
         if columns == list(PAIR_COLUMNS) and len(parts) > 1:
             if stream.features is not None:
-                stream = stream.cast(undecoded(stream.features))
+                stream = stream.cast(without_image_decoding(stream.features))
             stream = stream.map(as_conversations, features=Features(dict.fromkeys(PAIR_COLUMNS, MESSAGES)))
         streams.append(stream)
     if len(streams) == 1:
@@ -73,7 +73,7 @@ def used_columns(stream: IterableDataset, what: str) -> list[str]:
     if known is None:  # of a stream, whose rows alone tell
         known = list(next(iter(stream.take(1)), {}))
     columns = choose_columns(known, what)
-    warn_of_unused(known, columns, what)
+    warn_unused_columns(known, columns, what)
     return columns
 
 
@@ -136,7 +136,7 @@ class ReconstructionStream(torch.utils.data.IterableDataset):
         num_processes: int = 1,
     ) -> None:
         if dataset.features is not None:
-            dataset = dataset.cast(undecoded(dataset.features))
+            dataset = dataset.cast(without_image_decoding(dataset.features))
         shuffled = dataset.shuffle(seed=seed, buffer_size=buffer_size)
         self.dataset = split_dataset_by_node(shuffled, rank=process_index, world_size=num_processes)
         self.collator = collator

@@ -73,12 +73,12 @@ def test_peak_memory_is_seen():
     assert 60 < memory.mib < 100
 
 
-def test_all_doors_agree():
+def test_all_loaders_agree():
     report = bench_encode(TINY, 12, 1)
     assert set(report) == {"texts", "images", "image+text", "mixed list"}
-    for doors in report.values():
-        assert len(doors) == 4
-        assert all(numbers["largest difference"] < 1e-5 for numbers in doors.values())
+    for loaders in report.values():
+        assert len(loaders) == 4
+        assert all(numbers["largest difference"] < 1e-5 for numbers in loaders.values())
 
 
 @pytest.mark.parametrize("bench", [bench_pretraining, bench_contrastive])
@@ -89,15 +89,15 @@ def test_training_steps_agree(bench):
 
 def test_the_command_keeps_what_it_does_not_measure(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "save_118m", lambda folder: None)
-    monkeypatch.setattr(command, "bench_encode", lambda *args: {"texts": {"a door": {"items a second": 5.0}}})
+    monkeypatch.setattr(command, "bench_encode", lambda *args: {"texts": {"a loader": {"items a second": 5.0}}})
     output = tmp_path / "numbers.json"
     output.write_text('{"other": 1}')
     app = command.typer.Typer()
     app.command()(command.measure)
     result = CliRunner().invoke(app, ["--only", "encode", "--output", str(output)])
     assert result.exit_code == 0, result.output
-    assert "a door" in result.output
+    assert "a loader" in result.output
     report = json.loads(output.read_text())
-    assert report["other"] == 1 and report["encode"]["numbers"]["texts"]["a door"]["items a second"] == 5.0
+    assert report["other"] == 1 and report["encode"]["numbers"]["texts"]["a loader"]["items a second"] == 5.0
     unknown = CliRunner().invoke(app, ["--only", "speed", "--output", str(output)])
     assert unknown.exit_code == 2 and "growth" in unknown.output

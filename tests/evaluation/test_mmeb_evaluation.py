@@ -201,7 +201,7 @@ def test_settings_are_kept_apart_and_tasks_are_added(tmp_path, data):
 
 
 def test_an_empty_candidate_is_one_that_is_wrong(tmp_path, data):
-    """It is embedded as an empty message, through both doors, and takes no query away."""
+    """It is embedded as an empty message, through both loaders, and takes no query away."""
     rows = {"VOC2007": [dict(row, tgt_text=[*row["tgt_text"], ""], tgt_img_path=[""] * 4) for row in ROWS["VOC2007"]]}
     source = data(rows)
     found = read_task(TASKS["VOC2007"], source, tmp_path / "images")

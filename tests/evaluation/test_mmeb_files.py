@@ -69,7 +69,7 @@ def test_files_are_read_without_telling_anybody(source, monkeypatch, ending):
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(source, content, ending, reason):
-    message = f"VOC2007 in .*VOC2007/test.{ending} cannot be read .*{reason}.*; mend it, or download it again"
+    message = f"VOC2007 in .*VOC2007/test.{ending} cannot be read .*{reason}.*; fix it, or download it again"
     with pytest.raises(ValueError, match=message):
         read(source(content, ending))
 

@@ -58,7 +58,7 @@ def train(trainer, device):
 
 
 def check_folder(trainer, processor, emoji, folder, device, check) -> None:
-    """The saved folder has the vectors of the trained model through both doors."""
+    """The saved folder has the vectors of the trained model through both loaders."""
     items = [emoji[0]["text"], emoji[1]["image"], {"text": emoji[2]["text"], "image": emoji[2]["image"]}]
     expected = CocoaTransformer(trainer.backbone, processor).encode(items)
     trainer.save_model(str(folder))

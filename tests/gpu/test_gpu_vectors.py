@@ -102,12 +102,12 @@ def test_encode_in_half_precision_keeps_the_direction(module, device, items, dty
     assert lost_cosine(found, module.encode(items)) < 16 * torch.finfo(HALF[dtype]).eps ** 2
 
 
-DOORS = {"stock": {}, "remote code": {"trust_remote_code": True}}
+LOADERS = {"stock": {}, "remote code": {"trust_remote_code": True}}
 
 
-@pytest.mark.parametrize("door", [*DOORS, "ours"])
+@pytest.mark.parametrize("loader", [*LOADERS, "ours"])
 @BOTH_SIDES
-def test_a_saved_folder_gives_the_vectors_of_the_cpu_through_every_door(module, device, tmp_path, door, padding_side):
+def test_a_saved_folder_gives_the_vectors_of_the_cpu_by_every_loader(module, device, tmp_path, loader, padding_side):
     """Stock classes, remote code and our own module; and in bfloat16."""
     module.processor.tokenizer.padding_side = padding_side
     save_cocoa(module.model, module.processor, tmp_path / "cocoa")
@@ -117,11 +117,11 @@ def test_a_saved_folder_gives_the_vectors_of_the_cpu_through_every_door(module, 
     expected = module.encode(items)
 
     def opened(**options):
-        if door == "ours":
+        if loader == "ours":
             inner = CocoaTransformer(tmp_path / "cocoa", model_kwargs=options)
             return SentenceTransformer(modules=[inner], device=str(device))
         return SentenceTransformer(
-            str(tmp_path / "cocoa"), device=str(device), model_kwargs=options, **DOORS[door]
+            str(tmp_path / "cocoa"), device=str(device), model_kwargs=options, **LOADERS[loader]
         )  # fmt: skip
 
     for batch_size in (1, 32):

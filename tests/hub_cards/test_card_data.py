@@ -18,7 +18,7 @@ from evaluation.mmeb_scores import Scores, TaskScore
 from evaluation.vectors import weights_digest
 from hub_cards import CocoaModelCardData, write_card
 from hub_cards.card_data import model_index, stage_datasets, stage_table
-from hub_cards.doors import find_door_problems
+from hub_cards.loading_checks import find_loading_problems
 from hub_cards.results import add_result, read_results
 from hub_cards.training_record import StageRecord, write_records
 from modeling_cocoa.saving import save_cocoa
@@ -165,9 +165,10 @@ def test_vectors_that_the_folder_shortens_are_said(folder):
     path = folder / "config_sentence_transformers.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"truncate_dim": 64}))
     assert (
-        "64 dimensions, the first of 192, normalized with `normalize_embeddings=True`" in write_card(folder).read_text()
+        "64 dimensions, the first of 192, normalized with `normalize_embeddings=True`"
+        in write_card(folder).read_text()
     )
-    assert find_door_problems(folder) == []
+    assert find_loading_problems(folder) == []
 
 
 def test_a_part_of_a_benchmark_is_no_score_of_it(folder, tmp_path):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 import hub_cards.push
-from hub_cards.doors import SCRIPT, find_door_problems
+from hub_cards.loading_checks import SCRIPT, find_loading_problems
 from hub_cards.push import FolderError, PushError, push_model, push_space
 from hub_cards.training_record import read_records, write_records
 from modeling_cocoa.saving import mend_cocoa
@@ -37,9 +37,9 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def without_doors(monkeypatch):
+def without_loading(monkeypatch):
     """No fresh process: for what comes before and after it."""
-    monkeypatch.setattr(hub_cards.push, "find_door_problems", lambda folder: [])
+    monkeypatch.setattr(hub_cards.push, "find_loading_problems", lambda folder: [])
 
 
 def contents(folder) -> dict[str, bytes]:
@@ -60,7 +60,7 @@ def run(environment, *command) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
 
 
-def test_what_is_pushed_loads_without_this_package_through_both_doors(hub, hub_environment, folder, tmp_path):
+def test_what_is_pushed_loads_without_this_package_through_both_loaders(hub, hub_environment, folder, tmp_path):
     pushed = run(hub_environment, "-m", "cocoa", "push", folder, NAME)
     assert pushed.returncode == 0, pushed.stderr[-3000:]
     assert f"{len(contents(folder))} files" in pushed.stdout and "Published: " in pushed.stdout
@@ -76,8 +76,8 @@ def test_what_is_pushed_loads_without_this_package_through_both_doors(hub, hub_e
         model.encode([item])[0]
         for item in ("a photo of a dog", picture, {"image": picture, "text": "from dark to light"}, "rain " * 40)
     ]
-    for door in ("stock", "remote_code"):
-        np.testing.assert_allclose(vectors[door], expected, atol=1e-5, rtol=0)
+    for loader in ("stock", "remote_code"):
+        np.testing.assert_allclose(vectors[loader], expected, atol=1e-5, rtol=0)
     assert hub.unknown == []
 
 
@@ -170,7 +170,7 @@ def test_a_dry_run_rejects_what_is_not_fit(folder, case):
     assert len(found.value.problems) == 1, "and nothing else is amiss"
 
 
-def test_a_dry_run_lists_what_would_be_uploaded(hub, folder, without_doors):
+def test_a_dry_run_lists_what_would_be_uploaded(hub, folder, without_loading):
     (folder / "LICENSE").write_text("Apache License")
     count = len(contents(folder))
     (folder / ".partial-model.safetensors").write_text("left by a killed process")
@@ -192,7 +192,7 @@ def test_a_name_that_the_hub_refuses_is_refused_before_anything_else(hub, folder
     assert hub.requests == []
 
 
-def test_a_login_is_checked_before_the_files(api, hub, folder, monkeypatch, without_doors):
+def test_a_login_is_checked_before_the_files(api, hub, folder, monkeypatch, without_loading):
     assert "Logged in as " in push(folder, dry_run=True)
     hub.revoke()
     assert "login was not checked, or a push would fail: The Hub does not accept the token" in push(
@@ -203,7 +203,7 @@ def test_a_login_is_checked_before_the_files(api, hub, folder, monkeypatch, with
         push(folder)
 
 
-def test_a_model_that_was_only_pre_trained_is_said_to_be(folder, without_doors):
+def test_a_model_that_was_only_pre_trained_is_said_to_be(folder, without_loading):
     note = "was last trained in the stage 'bridge': it is a start for contrastive training"
     assert note not in push(folder, dry_run=True)
     write_records(folder, read_records(folder)[:-1])
@@ -219,7 +219,7 @@ def test_a_user_s_own_token_is_found_whatever_its_form(api, hub, folder):
             push(folder, dry_run=True)
 
 
-def test_code_that_a_re_save_has_lost_is_put_back(api, hub, tmp_path, without_doors):
+def test_code_that_a_re_save_has_lost_is_put_back(api, hub, tmp_path, without_loading):
     SentenceTransformer(str(CHECKPOINT), device="cpu").save_pretrained(str(tmp_path / "again"))
     again = tmp_path / "again"
     assert not (again / "attention.py").exists()
@@ -237,13 +237,13 @@ def test_code_that_a_re_save_has_lost_is_put_back(api, hub, tmp_path, without_do
     assert b'"requirements"' in remote["config_sentence_transformers.json"]
 
 
-def test_doors_that_disagree_are_found(folder):
-    """A weight that is missing is only warned of by the stock door, which makes one up."""
-    assert find_door_problems(folder) == []
+def test_loaders_that_disagree_are_found(folder):
+    """A weight that is missing is only warned of by the stock loader, which makes one up."""
+    assert find_loading_problems(folder) == []
     weights = load_file(folder / "model.safetensors")
     del weights["language_model.layers.3.mlp.down_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    (problem,) = find_door_problems(folder)
+    (problem,) = find_loading_problems(folder)
     assert "down_proj" in problem or "different vectors" in problem
 
 
@@ -263,7 +263,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_a_push_that_fails_changes_nothing_and_can_be_repeated(api, hub, folder, without_doors, case):
+def test_a_push_that_fails_changes_nothing_and_can_be_repeated(api, hub, folder, without_loading, case):
     api.create_repo(NAME)
     api.create_commit(NAME, [CommitOperationAdd("README.md", b"# Before\n")], commit_message="before")
     before = hub.repository(NAME).head().files
@@ -282,7 +282,7 @@ def test_a_push_that_fails_changes_nothing_and_can_be_repeated(api, hub, folder,
     assert len(hub.repository(NAME).branches["main"]) == (4 if case == "the branch has moved" else 3), "one commit"
 
 
-def test_weights_that_the_folder_no_longer_has_go_and_other_files_stay(api, hub, folder, without_doors):
+def test_weights_that_the_folder_no_longer_has_go_and_other_files_stay(api, hub, folder, without_loading):
     api.create_repo(NAME)
     old = [("model-00001-of-00002.safetensors", b"old"), ("samples/cat.png", b"\x89PNG")]
     api.create_commit(NAME, [CommitOperationAdd(*file) for file in old], commit_message="before")
@@ -291,7 +291,7 @@ def test_weights_that_the_folder_no_longer_has_go_and_other_files_stay(api, hub,
     assert "model-00001-of-00002.safetensors" not in remote and remote["samples/cat.png"] == b"\x89PNG"
 
 
-def test_branches_and_privacy_are_as_asked(api, hub, folder, without_doors):
+def test_branches_and_privacy_are_as_asked(api, hub, folder, without_loading):
     push(folder, revision="trial", private=True)
     repository = hub.repository(NAME)
     assert repository.private and "model.safetensors" in repository.head("trial").files
@@ -302,13 +302,13 @@ def test_branches_and_privacy_are_as_asked(api, hub, folder, without_doors):
     assert "model.safetensors" not in hub.repository("org/public").head().files
 
 
-def test_offline_and_refused(api, hub, folder, without_doors, monkeypatch):
+def test_offline_and_refused(api, hub, folder, without_loading, monkeypatch):
     hub.fail("POST", "*/repos/create", 403, times=9)
     with pytest.raises(PushError, match="has no right to write to org/cocoa-tiny.*Nothing was uploaded"):
         push(folder)
 
 
-def test_a_trainer_pushes_what_it_trained(api, hub, tmp_path, without_doors):
+def test_a_trainer_pushes_what_it_trained(api, hub, tmp_path, without_loading):
     rows = Dataset.from_parquet(str(ROOT / "data" / "emoji.parquet")).select(range(8))
     pairs = rows.select_columns(["name", "noto"]).rename_columns({"name": "query", "noto": "positive"})
     options = {"max_steps": 1, "per_device_train_batch_size": 4, "report_to": "none", "use_cpu": True}

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from modeling_cocoa import processing_cocoa
-from modeling_cocoa.inputs import Stretched, input_messages, load_image, media_kind
+from modeling_cocoa.inputs import ResizedImage, input_messages, load_image, media_kind
 from modeling_cocoa.processing_cocoa import CocoaInputError, CocoaProcessor
 from trainers.augment import augment_row
-from trainers.rows import open_images, undecoded
+from trainers.rows import open_images, without_image_decoding
 
 WIDTH, HEIGHT = 24, 16
 NOISE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
@@ -164,7 +164,7 @@ def forms_of(content: bytes, path: Path) -> dict[str, Any]:
     loaded.load()
     row = {"bytes": content, "path": None}
     decoded = Dataset.from_dict({"image": [row]}).cast_column("image", ImageFeature())
-    left = decoded.cast(undecoded(decoded.features))
+    left = decoded.cast(without_image_decoding(decoded.features))
     forms = {
         "str": str(path),
         "pathlib": path,
@@ -179,7 +179,7 @@ def forms_of(content: bytes, path: Path) -> dict[str, Any]:
         "copied PIL": Image.open(path).copy(),
         "data string": f"data:image/{path.suffix[1:]};base64,{base64.b64encode(content).decode()}",
         "column": decoded[0]["image"],
-        "undecoded column": left[0]["image"],
+        "without_image_decoding column": left[0]["image"],
     }
     if loaded.mode in ("L", "LA", "RGB", "RGBA", "1", "I;16") and "transparency" not in loaded.info:
         forms["array"] = np.asarray(loaded)
@@ -225,7 +225,7 @@ def test_an_image_is_stretched_after_it_is_made_rgb(processor, content, path, ca
     assert np.array_equal(np.asarray(load_image(path, (20, 12))), expected)
     (row,) = processor.encode([Image.fromarray(expected)])
     for name, form in forms_of(content, path).items():
-        assert np.array_equal(np.asarray(load_image(Stretched(form, (20, 12)))), expected), name
+        assert np.array_equal(np.asarray(load_image(ResizedImage(form, (20, 12)))), expected), name
         (stretched,) = processor.encode([open_images({"image": form}, (20, 12))])
         assert torch.equal(stretched["pixel_values"], row["pixel_values"]), name
 

@@ -110,10 +110,10 @@ def test_rows_of_an_arrow_table_give_the_same_tokens(processor, image):
     ]
     flat = Dataset.from_list([{"item": {"text": row.get("text"), "image": row.get("image")}} for row in rows])
     columns = Dataset.from_list([{"text": row.get("text"), "image": row.get("image")} for row in rows])
-    undecoded = columns.cast_column("image", ImageFeature(decode=False))
-    assert columns[1]["image"] is None and set(undecoded[0]["image"]) == {"bytes", "path"}
+    without_image_decoding = columns.cast_column("image", ImageFeature(decode=False))
+    assert columns[1]["image"] is None and set(without_image_decoding[0]["image"]) == {"bytes", "path"}
     expected = processor.encode(rows)
-    for table in (columns, undecoded):
+    for table in (columns, without_image_decoding):
         for row, reference in zip(table, expected, strict=True):
             assert same(processor.encode([row])[0], reference)
     for row, reference in zip(flat["item"], expected, strict=True):

@@ -520,7 +520,7 @@ def test_a_batch_of_texts_lets_every_weight_take_part(model_type, bridge, attn_i
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert any(gradient is None for gradient in expected.values())
     model.zero_grad()
-    output = model(**batch, touch_all=True)
+    output = model(**batch, use_all_parameters=True)
     assert float(output.loss.detach()) == float(plain.loss.detach())
     output.loss.backward()
     for name, parameter in model.named_parameters():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One folder, two doors: the same vectors, also after saving again, and nothing half-written."""
+"""One folder, two loaders: the same vectors, also after saving again, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def folder(cocoa, processor, tmp_path) -> Path:
 
 @pytest.fixture
 def inputs(image):
-    """What both doors take in one call."""
+    """What both loaders take in one call."""
     return [
         "a red apple",
         image,
@@ -92,7 +92,7 @@ def inputs(image):
     ]
 
 
-def doors(folder):
+def loaders(folder):
     """Stock, with remote code, and our own module."""
     return {
         "stock": SentenceTransformer(str(folder), device="cpu"),
@@ -110,10 +110,10 @@ def assert_close(actual, expected, name=""):
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_all_doors_give_the_vectors_of_the_model(cocoa, processor, tmp_path, inputs, model_type, padding_side):
+def test_all_loaders_give_the_vectors_of_the_model(cocoa, processor, tmp_path, inputs, model_type, padding_side):
     processor.tokenizer.padding_side = padding_side
     save_cocoa(cocoa, processor, tmp_path / "cocoa", prompts=PROMPTS)
-    opened = doors(tmp_path / "cocoa")
+    opened = loaders(tmp_path / "cocoa")
     assert type(opened["stock"][0].model) is CLASSES[model_type][2]
     remote = type(opened["remote"][0].model)
     assert remote.__name__ == CLASSES[model_type][1].__name__ and remote.__module__.startswith("transformers_modules.")
@@ -132,8 +132,8 @@ def test_all_doors_give_the_vectors_of_the_model(cocoa, processor, tmp_path, inp
     assert np.abs(expected[0] - expected[1]).max() > 1e-2, "and yet the inputs differ"
 
 
-def test_prompts_and_truncation_are_the_same_through_every_door(folder, inputs):
-    opened = doors(folder)
+def test_prompts_and_truncation_are_the_same_through_every_loader(folder, inputs):
+    opened = loaders(folder)
     stock = opened.pop("stock")
     assert np.abs(stock.encode_query(inputs) - stock.encode(inputs)).max() > 1e-3
     for model in opened.values():
@@ -162,7 +162,7 @@ def test_a_trained_model_is_what_is_saved(folder, processor, tmp_path, inputs):
     save_cocoa(model, None, tmp_path / "trained")
     trained = model.encode(inputs)
     assert np.abs(trained - before).max() > 1e-3
-    for name, opened in doors(tmp_path / "trained").items():
+    for name, opened in loaders(tmp_path / "trained").items():
         assert_close(opened.encode(inputs), trained, name)
         assert opened.prompts == PROMPTS
 
@@ -218,7 +218,7 @@ for folder in sys.argv[2:]:
 """
 
 
-def test_a_python_without_the_package_opens_the_remote_door(processor_folder, image, tmp_path):
+def test_a_python_without_the_package_opens_the_remote_loader(processor_folder, image, tmp_path):
     expected = {}
     for model_type in CLASSES:
         processor = of_kind(CocoaProcessor.from_pretrained(processor_folder), model_type)
@@ -267,7 +267,7 @@ def test_our_module_can_be_what_the_folder_names(cocoa, processor, tmp_path, inp
 
 
 @pytest.mark.parametrize("modules", ["stock", "cocoa"])
-def test_saved_again_through_the_remote_door_both_doors_stay_open(cocoa, processor, tmp_path, inputs, modules):
+def test_saved_again_through_the_remote_loader_both_loaders_stay_open(cocoa, processor, tmp_path, inputs, modules):
     save_cocoa(cocoa, processor, tmp_path / "one", modules=modules, prompts=PROMPTS)
     first = SentenceTransformer(str(tmp_path / "one"), device="cpu", trust_remote_code=True)
     expected = first.encode(inputs)
@@ -283,21 +283,21 @@ def test_saved_again_through_the_remote_door_both_doors_stay_open(cocoa, process
     assert mend_cocoa(tmp_path / "three") == []
 
 
-def test_saved_again_through_the_stock_door_the_folder_can_be_mended(folder, tmp_path, inputs):
+def test_saved_again_through_the_stock_loader_the_folder_can_be_mended(folder, tmp_path, inputs):
     stock = SentenceTransformer(str(folder), device="cpu")
     expected = stock.encode(inputs)
     again = tmp_path / "again"
     stock.save_pretrained(str(again))
     with pytest.raises(OSError, match="modeling_cocoa_qwen2"):
         SentenceTransformer(str(again), device="cpu", trust_remote_code=True)
-    mended = mend_cocoa(again)
-    assert "modeling_cocoa.py" in mended and "config_sentence_transformers.json" in mended
-    for name, model in doors(again).items():
+    repaired = mend_cocoa(again)
+    assert "modeling_cocoa.py" in repaired and "config_sentence_transformers.json" in repaired
+    for name, model in loaders(again).items():
         assert_close(model.encode(inputs), expected, name)
     # Or save through our function in the first place.
     save_cocoa(SentenceTransformer(str(folder), device="cpu", trust_remote_code=True), None, tmp_path / "well")
     assert mend_cocoa(tmp_path / "well") == []
-    for model in doors(tmp_path / "well").values():
+    for model in loaders(tmp_path / "well").values():
         assert_close(model.encode(inputs), expected)
 
 
@@ -448,12 +448,12 @@ def test_a_model_that_the_folder_cannot_hold_is_refused(cocoa, folder, processor
     model = SentenceTransformer(modules=[ours], device="cpu")
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), ours.model)
     for holder in (model, ours.model):
-        with pytest.raises(ValueError, match="adapters.*merged"):
+        with pytest.raises(ValueError, match="adapters.*merge_adapters"):
             save_cocoa(holder, processor, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
-def test_options_mean_the_same_through_every_door(cocoa, processor, tmp_path, inputs):
+def test_options_mean_the_same_through_every_loader(cocoa, processor, tmp_path, inputs):
     save_cocoa(cocoa, processor, tmp_path / "stock")
     save_cocoa(cocoa, processor, tmp_path / "cocoa", modules="cocoa")
     options = {

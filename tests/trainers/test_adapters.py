@@ -27,7 +27,7 @@ from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.modeling_cocoa_qwen2_vl import CocoaQwen2VLModel
 from modeling_cocoa.saving import save_cocoa
 from tests.trainers.test_run_folder import trainer_of
-from trainers.adapters import load_checkpoint, merged, prepare_parts, save_adapter, unquantized
+from trainers.adapters import dequantized_state_dict, load_checkpoint, merge_adapters, prepare_parts, save_adapter
 
 LINEAR = {"target_modules": ["q_proj", "down_proj", "fc1"]}
 KINDS = {
@@ -122,7 +122,7 @@ def test_loaded_adapters_go_on_training_or_are_folded_in(tmp_path, processor, em
     base, adapted, folder = saved
     expected, fresh = vectors(adapted, inputs), copy.deepcopy(base)
     base.load_adapter(str(folder))
-    torch.testing.assert_close(vectors(merged(base), inputs), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(vectors(merge_adapters(base), inputs), expected, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"do not train: load them with load_adapter\(..., is_trainable=True\)"):
         trainer_of(kind, tmp_path, base, processor, emoji)
     with pytest.raises(ValueError, match=r"has the adapters \['default'\] already"):
@@ -210,10 +210,10 @@ def test_four_bit_weights_stay_what_they_were_through_an_evaluation(tmp_path, mo
     save_cocoa(model, processor, tmp_path / "start")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     backbone = load(tmp_path / "start", dtype=torch.float32, quantization_config=config)
-    before = unquantized(backbone)
+    before = dequantized_state_dict(backbone)
     prepare_parts(backbone, [], KINDS["LoRA"])
     expected = vectors(backbone, inputs)
-    after = {name.replace(".base_layer", ""): value for name, value in unquantized(backbone).items()}
+    after = {name.replace(".base_layer", ""): value for name, value in dequantized_state_dict(backbone).items()}
     for name, value in before.items():
         assert torch.equal(after[name], value), name
-    torch.testing.assert_close(vectors(merged(backbone), inputs), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(vectors(merge_adapters(backbone), inputs), expected, atol=1e-5, rtol=0)

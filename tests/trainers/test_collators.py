@@ -16,8 +16,8 @@ from trainers.collators import (
     WARMUP,
     ReconstructionCollator,
     rows_of_units,
+    split_batch,
     swap_sources,
-    take_apart,
 )
 
 ALL = dict.fromkeys(DIRECTIONS, 1.0)
@@ -195,14 +195,14 @@ def test_a_batch_comes_apart_into_its_examples(processor, emoji, stage):
     mixed = rows(emoji, 12)
     mixed[0]["image"] = mixed[5]["text"] = None
     batch = collator(mixed)
-    again = collator.collate(take_apart(batch))
+    again = collator.collate(split_batch(batch))
     assert set(again) == set(batch) - {"num_skipped"}
     for name, value in again.items():
         same = torch.equal(value, batch[name]) if isinstance(value, torch.Tensor) else value == batch[name]
         assert same, name
     assert batch["rows"] == list(range(12))
     texts = collator([{**row, "image": None} for row in mixed if row["text"]])
-    assert len(take_apart(texts)) == 11
+    assert len(split_batch(texts)) == 11
 
 
 def test_swapped_sources_are_those_of_other_rows_of_the_direction(processor, emoji):

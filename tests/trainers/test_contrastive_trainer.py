@@ -244,7 +244,7 @@ def test_a_run_that_had_ended_makes_no_further_step(tmp_path, model, processor, 
         assert torch.equal(saved.model.state_dict()[name], value), name
 
 
-def test_a_saved_model_gives_the_trained_vectors_through_the_stock_door(tmp_path, model, processor, pairs):
+def test_a_saved_model_gives_the_trained_vectors_through_the_stock_loader(tmp_path, model, processor, pairs):
     trainer = trainer_of(model, processor, pairs, tmp_path / "run")
     trainer.train()
     trainer.save_model(str(tmp_path / "final"))

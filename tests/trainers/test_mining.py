@@ -14,7 +14,7 @@ from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 from trainers.mining import embed_cells, mine_negatives
-from trainers.rows import undecoded
+from trainers.rows import without_image_decoding
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def pairs(emoji):
 
 
 def bytes_of(dataset, column):
-    return [cell["bytes"] for cell in dataset.cast(undecoded(dataset.features))[column]]
+    return [cell["bytes"] for cell in dataset.cast(without_image_decoding(dataset.features))[column]]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from trainers import (
 from trainers.mmeb import mmeb_pairs, places_of
 from trainers.recipe import Recipe, run_recipe
 from trainers.recipe_data import contrastive_data, reconstruction_data
-from trainers.rows import undecoded
+from trainers.rows import without_image_decoding
 
 FOLDER = Path("images")
 ROWS = {  # one of each meta-task, and one to drop
@@ -93,7 +93,7 @@ def test_a_stream_of_pairs_is_conversations(folder):
     pairs = Dataset.from_dict(ROWS)
     rows = [row for row in mmeb_pairs(pairs.to_iterable_dataset(), folder)]
     whole = mmeb_pairs(pairs, folder)
-    whole = whole.cast(undecoded(whole.features))
+    whole = whole.cast(without_image_decoding(whole.features))
     assert len(rows) == len(whole) == 4 and set(rows[0]) == {"query", "positive"}
     for streamed, row in zip(rows, whole, strict=True):
         for name in streamed:
@@ -175,7 +175,7 @@ def texts_of(cell):
 
 def test_pairs_become_rows_of_contrastive_training(folder):
     rows = mmeb_pairs(Dataset.from_dict(ROWS), folder)
-    rows = rows.cast(undecoded(rows.features))
+    rows = rows.cast(without_image_decoding(rows.features))
     assert rows.column_names == ["query", "positive", "negative_1"] and len(rows) == 4
     assert texts_of(rows[0]["query"]) == ["0.png", "\nRepresent the given image for classification\n"]
     assert texts_of(rows[0]["positive"]) == ["cat"]
@@ -189,7 +189,7 @@ def test_pairs_become_rows_of_contrastive_training(folder):
 
 def test_hard_negatives_are_read_as_they_are_written(folder):
     rows = mmeb_pairs(Dataset.from_dict(HARD), folder)
-    rows = rows.cast(undecoded(rows.features))
+    rows = rows.cast(without_image_decoding(rows.features))
     assert rows.column_names == ["query", "positive", "negative_1", "negative_2", "negative_3"]
     negatives = [[texts_of(row[f"negative_{number}"]) for number in (1, 2, 3)] for row in rows]
     assert negatives == [
@@ -204,7 +204,7 @@ def test_hard_negatives_are_read_as_they_are_written(folder):
 
 
 def test_subsets_train_end_to_end_by_recipe(tmp_path, folder, model, processor):
-    """One row of each meta-task, instructions and negatives in place, through `run_recipe` and both doors."""
+    """One row of each meta-task, instructions and negatives in place, through `run_recipe` and both loaders."""
     path = published(tmp_path / "MMEB-train", ImageNet_1K=HARD, CIRR=HARD)
     save_cocoa(model, processor, tmp_path / "start")
     stage = {"max_steps": 3, "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True}

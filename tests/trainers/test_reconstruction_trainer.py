@@ -376,7 +376,7 @@ MERGED_THROUGH = {"stock": {}, "remote code": {"trust_remote_code": True}}
         ("all-linear", ["language_model", "visual"]),
     ],
 )
-def test_adapters_of_named_parts_merge_to_the_same_vectors_through_both_doors(
+def test_adapters_of_named_parts_merge_to_the_same_vectors_through_both_loaders(
     tmp_path, model, processor, emoji, targets, trained
 ):
     config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
@@ -391,9 +391,9 @@ def test_adapters_of_named_parts_merge_to_the_same_vectors_through_both_doors(
     inputs = {name: value for name, value in processor(items).items() if not name.startswith("num_")}
     with torch.no_grad():
         unmerged = trainer.model.model.eval()(**inputs).pooler_output.numpy()
-    for door, options in MERGED_THROUGH.items():
+    for loader, options in MERGED_THROUGH.items():
         merged = SentenceTransformer(str(tmp_path / "final"), device="cpu", **options).encode(items)
-        np.testing.assert_allclose(merged, unmerged, atol=1e-5, err_msg=door)
+        np.testing.assert_allclose(merged, unmerged, atol=1e-5, err_msg=loader)
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["whole", "lora"])
@@ -447,9 +447,9 @@ def test_adapters_over_quantized_weights_train_and_merge_to_plain_ones(tmp_path,
     with torch.no_grad():
         expected = trainer.model.model.eval()(**inputs).pooler_output.numpy()
     tolerance = 1e-5 if bits == 4 else 1e-2  # in 8 bits the activations are rounded as well
-    for door, options in MERGED_THROUGH.items():
+    for loader, options in MERGED_THROUGH.items():
         found = SentenceTransformer(str(tmp_path / "final"), device="cpu", **options).encode(items)
-        np.testing.assert_allclose(found, expected, atol=tolerance, err_msg=door)
+        np.testing.assert_allclose(found, expected, atol=tolerance, err_msg=loader)
 
 
 @pytest.mark.parametrize(

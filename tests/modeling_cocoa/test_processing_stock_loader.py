@@ -165,7 +165,7 @@ def test_both_refuse_to_cut_an_image(stock, processor):
         processor(batch, max_length=8)
 
 
-def test_query_and_document_pairs_of_the_stock_door_render(stock):
+def test_query_and_document_pairs_of_the_stock_loader_render(stock):
     assert stock.input_formatter.message_format == "structured"
     assert stock.input_formatter.pair_roles_failure() is None
     features = stock.preprocess([("a cat", PICTURE)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a folder loads as its users will load it: in a fresh process, without this package, through both doors."""
+"""Whether a folder loads as its users will load it: in a fresh process, without this package, through both loaders."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .folder_facts import FolderFacts
 
 SCRIPT = Path(__file__).with_name("load_alone.py")
 TOLERANCE, HALF_TOLERANCE = 1e-5, 2e-2
-"""Between numbers of the two doors' vectors, with weights in float32 and in fewer bits."""
+"""Between numbers of the two loaders' vectors, with weights in float32 and in fewer bits."""
 
 
-def find_door_problems(folder: Path) -> list[str]:
+def find_loading_problems(folder: Path) -> list[str]:
     """
     What goes wrong where a folder is loaded, each in a sentence; empty where nothing does.
 
@@ -27,31 +27,32 @@ def find_door_problems(folder: Path) -> list[str]:
         folder (`Path`): Of a model, with all of its files.
     """
     facts = FolderFacts.read(folder)
-    doors = ["remote_code"] if facts.needs_remote_code else ["stock", "remote_code"]
+    loaders = ["remote_code"] if facts.needs_remote_code else ["stock", "remote_code"]
     with tempfile.TemporaryDirectory() as scratch:
         environment = {
             **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             "HF_HUB_OFFLINE": "1",
             "HF_MODULES_CACHE": scratch,
         }
-        command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-E", SCRIPT, folder.resolve(), *doors]
+        command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-E", SCRIPT, folder.resolve(), *loaders]
         result = subprocess.run(
             [*map(str, command)], env=environment, cwd=scratch, capture_output=True, text=True, check=False
         )
     if result.returncode:
         lines = [line for line in result.stderr.strip().splitlines() if line.strip()]
         return [f"The folder does not load in a fresh process: {lines[-1] if lines else result.returncode}"]
-    vectors = {door: np.array(values) for door, values in json.loads(result.stdout.splitlines()[-1]).items()}
+    vectors = {loader: np.array(values) for loader, values in json.loads(result.stdout.splitlines()[-1]).items()}
     problems = [
-        f"Vectors of the door {door!r} are not unit vectors of {facts.dimension} numbers: save the model again."
-        for door, values in vectors.items()
+        f"Vectors of the loader {loader!r} are not unit vectors of {facts.dimension} numbers: save the model again."
+        for loader, values in vectors.items()
         if values.shape[1] != facts.dimension or not np.allclose(np.linalg.norm(values, axis=1), 1, atol=1e-2)
     ]
     if not problems and len(vectors) == 2:
         difference = float(np.abs(vectors["stock"] - vectors["remote_code"]).max())
         if not difference <= (TOLERANCE if facts.dtype == "float32" else HALF_TOLERANCE):
             problems.append(
-                f"The two doors give different vectors (by {difference:.1g}): weights or files are missing or wrong. "
+                f"Stock classes and remote code give different vectors (by {difference:.1g}): weights or files are "
+                "missing or wrong. "
                 "Save the model again with modeling_cocoa.save_cocoa."
             )
     return problems
