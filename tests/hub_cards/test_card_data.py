@@ -165,7 +165,8 @@ def test_vectors_that_the_folder_shortens_are_said(folder):
     path = folder / "config_sentence_transformers.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"truncate_dim": 64}))
     assert (
-        "64 dimensions, the first of 192, normalized with `normalize_embeddings=True`" in write_card(folder).read_text()
+        "64 dimensions, the first of 192, normalized with `normalize_embeddings=True`"
+        in write_card(folder).read_text()
     )
     assert find_door_problems(folder) == []
 
