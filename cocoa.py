@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         CocoaReconstructionConfig,
         CocoaReconstructionTrainer,
     )
-    from trainers.adapters import merged
+    from trainers.adapters import merge_adapters
 
 __all__ = [
     "CocoaConfig",
@@ -68,7 +68,7 @@ __all__ = [
     "load_backbone",
     "load_image",
     "mend_cocoa",
-    "merged",
+    "merge_adapters",
     "save_cocoa",
     "write_card",
 ]
@@ -89,7 +89,7 @@ HOMES = {
     "input_messages": "modeling_cocoa.inputs",
     "list_images": "modeling_cocoa.folders",
     "load_image": "modeling_cocoa.inputs",
-    "merged": "trainers.adapters",
+    "merge_adapters": "trainers.adapters",
     "write_card": "hub_cards",
 }
 
