@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         CocoaTransformer,
         EosPooler,
         load_backbone,
-        mend_cocoa,
+        repair_cocoa,
         save_cocoa,
     )
     from modeling_cocoa.folders import describe_unreadable, encode_readable, list_images
@@ -67,7 +67,7 @@ __all__ = [
     "list_images",
     "load_backbone",
     "load_image",
-    "mend_cocoa",
+    "repair_cocoa",
     "merge_adapters",
     "save_cocoa",
     "write_card",

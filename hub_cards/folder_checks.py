@@ -189,7 +189,7 @@ def wrong_code(folder: Path) -> Iterator[str]:
             yield f"{name} is no part of a model's code; remove it."
         elif path.read_bytes() != ours[name].read_bytes():
             yield (
-                f"{name} differs from the code of the cocoa-embed that is installed: call modeling_cocoa.mend_cocoa "
+                f"{name} differs from the code of the cocoa-embed that is installed: call modeling_cocoa.repair_cocoa "
                 "on the folder to take the installed one, or install the version that wrote it."
             )
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modeling_cocoa.auto import BACKBONES
-from modeling_cocoa.saving import WEIGHT_FILES, code_files, mend_cocoa
+from modeling_cocoa.saving import WEIGHT_FILES, code_files, repair_cocoa
 
 from .folder_checks import find_problems, is_json, told_too_much, uploaded_files
 from .folder_facts import read_json
@@ -220,7 +220,7 @@ def put_code_back(staging: Path) -> list[str]:
     ]
     if any(path.read_bytes() != (staging / path.name).read_bytes() for path in present):
         return []
-    return mend_cocoa(staging)
+    return repair_cocoa(staging)
 
 
 def name_in_card(staging: Path, repo_id: str) -> None:

@@ -10,7 +10,7 @@ from .modeling_cocoa_qwen2_vl import CocoaQwen2VLModel
 from .pooling import EosPooler
 from .processing_cocoa import CocoaProcessor
 from .reconstruction import CocoaForReconstruction
-from .saving import mend_cocoa, save_cocoa
+from .saving import mend_cocoa, repair_cocoa, save_cocoa
 from .sentence_transformer import CocoaTransformer
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "EosPooler",
     "load_backbone",
     "mend_cocoa",
+    "repair_cocoa",
     "save_cocoa",
 ]

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +111,7 @@ def save_cocoa(
         backbone.save_pretrained(staging)
         if modules == "cocoa":
             _name_cocoa_module(staging)
-        mend_cocoa(staging)
+        repair_cocoa(staging)
         if complete is not None:
             complete(staging)
         elif isinstance(model, SentenceTransformer) and _has_own_card(model):
@@ -123,7 +124,7 @@ def save_cocoa(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def mend_cocoa(folder: str | os.PathLike) -> list[str]:
+def repair_cocoa(folder: str | os.PathLike) -> list[str]:
     """
     Complete a CoCoA folder that was saved by other means than [`save_cocoa`].
 
@@ -166,6 +167,12 @@ def mend_cocoa(folder: str | os.PathLike) -> list[str]:
             (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             written.append(name)
     return written
+
+
+def mend_cocoa(folder: str | os.PathLike) -> list[str]:
+    """The former name of [`repair_cocoa`]; goes in the next release."""
+    warnings.warn("mend_cocoa is now called repair_cocoa.", FutureWarning, stacklevel=2)
+    return repair_cocoa(folder)
 
 
 def code_files(model_type: str, modules: Iterable[Mapping[str, Any]]) -> list[Path]:
@@ -309,7 +316,7 @@ def _card(backbone: Any, modules: str) -> str:
         trust = ""
         notes = """
 With `trust_remote_code=True` the model code in this folder is used; the vectors are the same. A folder that was saved
-again without it has lost that code: `modeling_cocoa.mend_cocoa(folder)` of the package `cocoa-embed` puts it back.
+again without it has lost that code: `modeling_cocoa.repair_cocoa(folder)` of the package `cocoa-embed` puts it back.
 
 sentence-transformers' own module refuses a conversation beside other inputs in one call, a `pathlib.Path` and image
 bytes. `SentenceTransformer(modules=[modeling_cocoa.CocoaTransformer(folder)])` takes them.

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 from hub_cards import write_card
 from hub_cards.training_record import read_records
-from modeling_cocoa.saving import mend_cocoa
+from modeling_cocoa.saving import repair_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ def test_it_holds_safetensors_and_the_code_of_the_package(tmp_path, name):
     assert sum(path.stat().st_size for path in files) <= 14_000_000
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".py", ".md", ".yaml", ".png"}
     copy = shutil.copytree(folder, tmp_path / name)
-    assert mend_cocoa(copy) == [], f"run modeling_cocoa.mend_cocoa('checkpoints/{name}')"
+    assert repair_cocoa(copy) == [], f"run modeling_cocoa.repair_cocoa('checkpoints/{name}')"
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -22,7 +22,7 @@ import hub_cards.push
 from hub_cards.loading_checks import SCRIPT, find_loading_problems
 from hub_cards.push import FolderError, PushError, push_model, push_space
 from hub_cards.training_record import read_records, write_records
-from modeling_cocoa.saving import mend_cocoa
+from modeling_cocoa.saving import repair_cocoa
 from tests.trainers.conftest import ROOT
 from trainers import CocoaContrastiveConfig, CocoaContrastiveTrainer
 
@@ -363,4 +363,4 @@ def test_a_folder_that_is_none(tmp_path):
 def test_mending_by_hand_is_the_same(tmp_path):
     copy = shutil.copytree(CHECKPOINT, tmp_path / "copy")
     (copy / "attention.py").unlink()
-    assert hub_cards.push.put_code_back(copy) == ["attention.py"] and mend_cocoa(copy) == []
+    assert hub_cards.push.put_code_back(copy) == ["attention.py"] and repair_cocoa(copy) == []

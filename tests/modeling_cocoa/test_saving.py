@@ -21,7 +21,7 @@ from transformers import AutoModel, Qwen2_5_VLProcessor
 from modeling_cocoa import saving
 from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.processing_cocoa import CocoaProcessor
-from modeling_cocoa.saving import mend_cocoa, save_cocoa
+from modeling_cocoa.saving import mend_cocoa, repair_cocoa, save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 from tests.conftest import CLASSES, sharpen
 from trainers.from_scratch import build_model
@@ -277,10 +277,10 @@ def test_saved_again_through_the_remote_loader_both_loaders_stay_open(cocoa, pro
         assert_close(first.encode(inputs), expected)
     if modules == "stock":
         assert_close(SentenceTransformer(str(tmp_path / "three"), device="cpu").encode(inputs), expected)
-    assert "config_sentence_transformers.json" in mend_cocoa(tmp_path / "three"), (
+    assert "config_sentence_transformers.json" in repair_cocoa(tmp_path / "three"), (
         "the requirements are lost on the way"
     )
-    assert mend_cocoa(tmp_path / "three") == []
+    assert repair_cocoa(tmp_path / "three") == []
 
 
 def test_saved_again_through_the_stock_loader_the_folder_can_be_mended(folder, tmp_path, inputs):
@@ -290,20 +290,20 @@ def test_saved_again_through_the_stock_loader_the_folder_can_be_mended(folder, t
     stock.save_pretrained(str(again))
     with pytest.raises(OSError, match="modeling_cocoa_qwen2"):
         SentenceTransformer(str(again), device="cpu", trust_remote_code=True)
-    repaired = mend_cocoa(again)
+    repaired = repair_cocoa(again)
     assert "modeling_cocoa.py" in repaired and "config_sentence_transformers.json" in repaired
     for name, model in loaders(again).items():
         assert_close(model.encode(inputs), expected, name)
     # Or save through our function in the first place.
     save_cocoa(SentenceTransformer(str(folder), device="cpu", trust_remote_code=True), None, tmp_path / "well")
-    assert mend_cocoa(tmp_path / "well") == []
+    assert repair_cocoa(tmp_path / "well") == []
     for model in loaders(tmp_path / "well").values():
         assert_close(model.encode(inputs), expected)
 
 
 def test_a_folder_of_something_else_cannot_be_mended(tmp_path):
     with pytest.raises(ValueError, match="no CoCoA model"):
-        mend_cocoa(tmp_path)
+        repair_cocoa(tmp_path)
 
 
 def test_other_files_in_the_folder_stay(cocoa, processor, folder):
@@ -317,7 +317,7 @@ def test_other_files_in_the_folder_stay(cocoa, processor, folder):
 
 
 @pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("writer", ["_write_layout", "_name_cocoa_module", "mend_cocoa", "_card"])
+@pytest.mark.parametrize("writer", ["_write_layout", "_name_cocoa_module", "repair_cocoa", "_card"])
 def test_a_save_that_fails_leaves_what_was_there(cocoa, processor, tmp_path, monkeypatch, existing, writer):
     folder = tmp_path / "cocoa"
     if existing:
@@ -393,11 +393,11 @@ def test_a_processor_prompt_becomes_the_default_prompt(cocoa, processor, folder,
 def test_a_module_that_names_the_package_can_be_mended(folder, tmp_path, inputs):
     model = SentenceTransformer(modules=[CocoaTransformer(folder)], prompts=PROMPTS, device="cpu")
     model.save_pretrained(str(tmp_path / "own"))
-    assert {"modules.json", "sentence_transformer.py", "processing_cocoa.py"} <= set(mend_cocoa(tmp_path / "own"))
+    assert {"modules.json", "sentence_transformer.py", "processing_cocoa.py"} <= set(repair_cocoa(tmp_path / "own"))
     again = remote(tmp_path / "own")
     assert type(again[0]).__module__.startswith("transformers_modules.")
     assert_close(again.encode_query(inputs), model.encode_query(inputs))
-    assert mend_cocoa(tmp_path / "own") == []
+    assert repair_cocoa(tmp_path / "own") == []
 
 
 def test_a_reference_to_the_hub_is_mended(folder, inputs):
@@ -409,7 +409,7 @@ def test_a_reference_to_the_hub_is_mended(folder, inputs):
     path.write_text(json.dumps(config))
     (folder / f"{reference.split('.')[0]}.py").unlink()
     expected = SentenceTransformer(str(folder), device="cpu").encode(inputs)
-    assert set(mend_cocoa(folder)) == {"config.json", f"{reference.split('.')[0]}.py"}
+    assert set(repair_cocoa(folder)) == {"config.json", f"{reference.split('.')[0]}.py"}
     assert json.loads(path.read_text())["auto_map"] == {"AutoModel": reference}
     assert_close(remote(folder).encode(inputs), expected)
 
@@ -417,7 +417,7 @@ def test_a_reference_to_the_hub_is_mended(folder, inputs):
 def test_a_backbone_alone_cannot_be_mended(cocoa, tmp_path):
     cocoa.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no modules.json.*save_cocoa"):
-        mend_cocoa(tmp_path)
+        repair_cocoa(tmp_path)
 
 
 @pytest.mark.parametrize("first", ["whole", "sharded"])
@@ -502,3 +502,8 @@ def test_a_save_that_is_cut_off_leaves_no_folder_of_two_models(cocoa, processor,
     monkeypatch.undo()
     save_cocoa(cocoa, processor, tmp_path / "cocoa")
     assert (tmp_path / "cocoa" / "modules.json").exists()
+
+
+def test_the_former_name_warns_and_does_the_same(folder, tmp_path):
+    with pytest.warns(FutureWarning, match="repair_cocoa"):
+        assert mend_cocoa(shutil.copytree(folder, tmp_path / "copy")) == []
