@@ -12,7 +12,7 @@ import importlib.abc
 import json
 import sys
 
-PACKAGES = ("cocoa", "evaluation", "hub_cards", "modeling_cocoa", "trainers")
+PACKAGES = ("cocoa", "cocoa_cli", "evaluation", "hub_cards", "modeling_cocoa", "trainers")
 
 
 class Absent(importlib.abc.MetaPathFinder):

@@ -352,6 +352,7 @@ def read_parts(
     """
     size = processor.image_processor.size
     seen: dict[bytes, int] = {}
+    limit = min(CPU_PART_TOKENS, part_tokens)  # so that the model soon has something to do
     part = Window()
     inputs_of_window = tokens_of_window = tokens_of_part = decoded = 0
     for position, conversation in enumerate(processor.read(inputs, pool)):
@@ -366,7 +367,8 @@ def read_parts(
         tokens_of_window += tokens
         tokens_of_part += tokens
         is_full = tokens_of_window >= image_tokens or inputs_of_window == INPUTS_AT_ONCE
-        if is_full or tokens_of_part >= part_tokens or decoded >= PIXELS_AT_ONCE:
+        if is_full or tokens_of_part >= limit or decoded >= PIXELS_AT_ONCE:
+            limit = min(2 * limit, part_tokens)
             part.is_part = not is_full
             yield part
             part, tokens_of_part, decoded = Window(), 0, 0

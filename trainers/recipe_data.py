@@ -7,6 +7,7 @@ import os
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache, partial
 from typing import Any
@@ -18,9 +19,6 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from .augment import augment_pictures
 from .mmeb import mmeb_pairs
 from .rows import PAIR_COLUMNS, ROW_COLUMNS
-
-# `datasets` would tell its makers of every file that is read otherwise.
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 
 FindFile = Callable[[str], str | os.PathLike]
 LAYOUTS = {"mmeb_train": mmeb_pairs}
@@ -177,6 +175,17 @@ def name_source(data: Mapping[str, Any], entry: Mapping[str, Any], what: str) ->
     return name
 
 
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Within it, `datasets` does not report to the Hub which kinds of files are read."""
+    counts = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+
+
 def read_source(
     options: Mapping[str, Any],
     find_file: FindFile,
@@ -210,7 +219,8 @@ def read_source(
         files = options["data_files"]
         options["data_files"] = [str(find_file(file)) for file in ([files] if isinstance(files, str) else files)]
     try:
-        rows = datasets.load_dataset(**{"split": "train", **options})
+        with uncounted():
+            rows = datasets.load_dataset(**{"split": "train", **options})
     except (TypeError, ValueError) as error:  # of datasets, which does not know which source it was asked for
         raise ValueError(f"data: the source {options} cannot be read: {error}") from error
     if where:

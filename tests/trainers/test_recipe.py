@@ -9,6 +9,7 @@ import logging
 import math
 from itertools import pairwise
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.trainers.conftest import ROOT, TEXT_CONFIG, VISION_CONFIG, run_python
 from trainers.contrastive_config import CocoaContrastiveConfig
 from trainers.from_scratch import build_model
 from trainers.recipe import Recipe, find_recipe, prompts_for_variants, run_recipe
+from trainers.recipe_data import read_source
 
 RECIPES = sorted((ROOT / "trainers" / "recipes").glob("*.yaml"))
 
@@ -309,3 +311,17 @@ def test_a_prompt_by_dataset_is_for_all_of_its_variants():
     prompts_for_variants(args, ["name", "name_2", "name_3", "kind", "mmeb_A", "mmeb_A_2", "mmeb_B_2", "other_2"])
     expected = dict.fromkeys(["name", "name_2", "name_3"], "Find it.") | dict.fromkeys(["mmeb_A", "mmeb_A_2"], "In A.")
     assert args.query_prompt == expected and args.target_prompt is None
+
+
+def test_reading_reports_to_nobody_and_changes_no_setting(tmp_path, monkeypatch):
+    """`datasets` counts what is read on the Hub by default."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a cat"}\n')
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    seen, load = [], datasets.load_dataset
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda **options: seen.append(datasets.config.HF_UPDATE_DOWNLOAD_COUNTS) or load(**options),
+    )
+    read_source({"path": "json", "data_files": str(tmp_path / "rows.jsonl")}, str)
+    assert seen == [False] and datasets.config.HF_UPDATE_DOWNLOAD_COUNTS is True
