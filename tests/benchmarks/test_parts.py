@@ -48,6 +48,7 @@ def test_a_part_ends_in_time_with_what_it_has():
     assert numbers == {"group": {}} and list(problems) == ["b"] and "after 6 seconds" in problems["b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Qwen2-VL-2B", "Qwen2.5-VL-3B"])
 def test_vectors_of_small_shapes_are_those_of_stock(name):
     numbers = {}
@@ -60,6 +61,7 @@ def test_vectors_of_small_shapes_are_those_of_stock(name):
     assert "image + text" in encode_tables(numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["contrastive", "bridge", "warmup"])
 def test_gradients_of_small_shapes_are_those_of_the_other_way(stage):
     models = build_models(SMALL.shapes["Qwen2-VL-2B"], torch.float32)
