@@ -67,8 +67,8 @@ __all__ = [
     "list_images",
     "load_backbone",
     "load_image",
-    "repair_cocoa",
     "merge_adapters",
+    "repair_cocoa",
     "save_cocoa",
     "write_card",
 ]

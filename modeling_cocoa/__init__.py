@@ -10,7 +10,7 @@ from .modeling_cocoa_qwen2_vl import CocoaQwen2VLModel
 from .pooling import EosPooler
 from .processing_cocoa import CocoaProcessor
 from .reconstruction import CocoaForReconstruction
-from .saving import mend_cocoa, repair_cocoa, save_cocoa
+from .saving import mend_cocoa, repair_cocoa, save_cocoa  # noqa: F401 - the first, a former name
 from .sentence_transformer import CocoaTransformer
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "CocoaTransformer",
     "EosPooler",
     "load_backbone",
-    "mend_cocoa",
     "repair_cocoa",
     "save_cocoa",
 ]
