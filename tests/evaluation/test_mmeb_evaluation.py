@@ -154,8 +154,8 @@ def test_a_stretched_picture_and_a_small_one_are_what_the_benchmark_shows(tmp_pa
         encoder = Encoder(str(asset_path(TINY)), resolution=resolution)
         read = type(encoder.model.processor).read
 
-        def watched(self, inputs, read=read):
-            for conversation in read(self, inputs):
+        def watched(self, inputs, pool=None, read=read):
+            for conversation in read(self, inputs, pool):
                 sizes.extend(image.size for image in conversation.images)
                 yield conversation
 
