@@ -64,7 +64,7 @@ class Shape:
 
     @property
     def vision_width(self) -> int:
-        """Of the vision tower."""
+        """Hidden size of the vision tower."""
         return self.vision.get("embed_dim") or self.vision["hidden_size"]
 
 

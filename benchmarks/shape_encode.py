@@ -22,7 +22,7 @@ from .parts import Work
 from .shapes import Models, Scale, build_models, shape_workloads
 
 BATCH_SIZES = (32, 128)
-"""Of stock sentence-transformers: its default, and a large one."""
+"""Batch sizes of stock sentence-transformers: its default, and a large one."""
 STOCK = "stock, batches of {}"
 OURS = "CocoaTransformer"
 MODEL = "its model alone"

@@ -29,7 +29,7 @@ from .train import FORWARD_AND_BACKWARD, PLAIN, plain_loss, pretraining_batch, p
 
 OURS, STOCK = "packed", "stock sentence-transformers"
 RANK = 16
-"""Of the adapters, at every linear layer, as in `benchmarks.memory`."""
+"""LoRA rank, at every linear layer, as in `benchmarks.memory`."""
 STAGES = ("contrastive", "bridge", "warmup")
 
 
@@ -119,7 +119,7 @@ def kept_bytes(scale: Scale, name: str, with_adapters: bool) -> dict[str, float]
 
 
 def make_step(models: Models, model: CocoaForReconstruction, side: int, stage: str, rows: int) -> Step:
-    """A step of a stage on pairs of a text and an image of so many pixels a side."""
+    """A training step of a stage on pairs of a text and a square image; `side` is in pixels."""
     images = make_images(rows, side, side)
     if stage == "contrastive":
         return contrastive_step(models, make_texts(rows, 5, 30), images)
@@ -278,7 +278,7 @@ def compare_gradients(
 
 
 def some_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Of the matrices of the first, middle and last layer, by their names in the backbone, float32."""
+    """Gradients in float32 of the matrices of the first, middle and last layer, by name in the backbone."""
     backbone = next(module for module in model.modules() if hasattr(module, "language_model"))
     layers, blocks = len(backbone.language_model.layers), len(backbone.visual.blocks)
     chosen = [f"layers.{place}." for place in (0, layers // 2, layers - 1)]

@@ -173,5 +173,5 @@ def captioned(texts: list[str], images: list[Any]) -> list[dict[str, Any]]:
 
 
 def tokens_of(side: int) -> int:
-    """Of a square image of so many pixels a side."""
+    """Image tokens of a square image; `side` is in pixels."""
     return (side // 28) ** 2

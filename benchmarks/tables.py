@@ -55,7 +55,7 @@ def encode_tables(numbers: dict[str, Any]) -> str:
 
 
 def step_tables(numbers: dict[str, Any]) -> str:
-    """Of each step ours, and in brackets the other way; and how far gradients agree."""
+    """A table of steps, the straightforward way in brackets, and one of how far gradients agree."""
     steps, agreements = [], []
     for title, group in numbers.items():
         if PACKED not in group:

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from .inputs import CocoaInputError, Conversation
 from .modeling_cocoa import CocoaModelMixin
-from .processing_cocoa import PIXELS_AT_ONCE, CocoaProcessor, check_list, map_ahead
+from .processing_cocoa import PIXELS_AT_ONCE, CocoaProcessor, check_list
+from .threads import map_ahead, read_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -219,12 +220,9 @@ class Embedder:
     def embed(self, window: Window, batch: Sequence[int]) -> Tensor:
         """The vectors of a batch of a window's inputs, `(inputs, hidden)`, on the model's device."""
         features: dict[str, Tensor] = dict(self.processor.collate([window.rows[position] for position in batch]))
-        grids = {name: features[name] for name in ("image_grid_thw", "video_grid_thw") if name in features}
-        seconds = {name: features[name] for name in ("second_per_grid_ts",) if name in features}
-        # Here, since it goes row by row, and on a GPU each row would wait for it.
-        features["position_ids"] = self.model.mrope_positions(
-            features["input_ids"], features["attention_mask"], **grids, **seconds
-        )
+        places = ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        # On the CPU, since it goes row by row, and on a GPU each row would wait for it.
+        features["position_ids"] = self.model.mrope_positions(**{n: features[n] for n in places if n in features})
         features = {
             name: value.to(self.model.device) for name, value in features.items() if not name.startswith("num_")
         }
@@ -407,12 +405,3 @@ def bind(value: Any, module: nn.Module, twin: nn.Module) -> Any:
         arguments = (twin if argument is module else argument for argument in value.args)
         return partial(value.func, *arguments, **value.keywords)
     return value
-
-
-def read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, the next of which is made in a thread while one is used."""
-    with ThreadPoolExecutor(max_workers=1) as worker:
-        future = worker.submit(next, items, None)
-        while (item := future.result()) is not None:
-            future = worker.submit(next, items, None)
-            yield item

@@ -8,12 +8,11 @@ import logging
 import os
 import re
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from functools import cache
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +24,9 @@ from transformers import AutoProcessor, BatchFeature, Qwen2_5_VLProcessor, Qwen2
 
 from .chat_template import build_chat_template, control_tokens_of
 from .inputs import CocoaInputError, Conversation, ResizedImage, media_kind, read_input
+from .threads import map_ahead
 
 logger = logging.getLogger(__name__)
-
-T, R = TypeVar("T"), TypeVar("R")
 
 EOS_TOKEN = "<|im_end|>"
 MASK_TOKEN = "<|mask|>"
@@ -434,32 +432,6 @@ class CocoaProcessor:
 def is_text(item: Any) -> bool:
     """Whether an input is read as a text without a look at any file."""
     return isinstance(item, str) and media_kind(item) is None
-
-
-def map_ahead(
-    pool: Executor,
-    work: Callable[[T], R],
-    items: Iterable[T],
-    ahead: int,
-    is_little: Callable[[T], bool] = lambda item: False,
-) -> Iterator[R]:
-    """
-    `map` in the threads of a pool, in order.
-
-    Args:
-        ahead (`int`): Items that are worked on beyond the one that is asked for.
-        is_little (`Callable`, *optional*): Whether an item is less work than handing it to a thread.
-    """
-    pending: deque[Future[R]] = deque()
-    for item in items:
-        if not pending and is_little(item):
-            yield work(item)
-            continue
-        pending.append(pool.submit(work, item))
-        if len(pending) > ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
 
 def check_list(inputs: Any) -> None:

@@ -56,14 +56,14 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def lost(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Of all gradients as one vector, the length of the difference against that of the right one."""
+    """Relative error of all gradients, as one vector: norm of the difference by norm of the expected one."""
     assert found.keys() == expected.keys() and expected
     differences = torch.stack([(found[name].double() - value.double()).norm() for name, value in expected.items()])
     return float(differences.norm() / torch.stack([value.double().norm() for value in expected.values()]).norm())
 
 
 def lost_cosine(found: Any, expected: Any) -> float:
-    """Of unit vectors, row by row, 1 less the smallest cosine."""
+    """1 less the smallest cosine of two rows of unit vectors."""
     found, expected = torch.as_tensor(found).double().cpu(), torch.as_tensor(expected).double().cpu()
     assert found.shape == expected.shape and bool(found.isfinite().all())
     return float(1 - torch.nn.functional.cosine_similarity(found, expected).min())

@@ -25,7 +25,7 @@ SHAPES = {
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Of `(batch, tokens, heads, size)`, under a mask; written out."""
+    """Attention of `(batch, tokens, heads, size)` under a mask, written out."""
     groups = query.shape[2] // key.shape[2]
     key, value = (part.repeat_interleave(groups, dim=2) for part in (key, value))
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5

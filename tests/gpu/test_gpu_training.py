@@ -32,7 +32,7 @@ STEPS = 8
 
 
 def trainer_of(stage, model, processor, emoji, folder, device, peft_config=None, **options):
-    """Of a stage on 16 rows, each of which a step sees: the loss falls."""
+    """Train a stage on 16 rows, all of them in each step: the loss falls."""
     options = {"max_steps": STEPS, "logging_steps": 1, "use_cpu": device.type == "cpu", "bf16": True, **options}
     options |= STAGES[stage]
     emoji = emoji.select(range(16))

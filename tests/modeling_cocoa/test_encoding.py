@@ -20,8 +20,8 @@ from PIL import Image
 
 from modeling_cocoa import encoding
 from modeling_cocoa.inputs import CocoaInputError
-from modeling_cocoa.processing_cocoa import map_ahead
 from modeling_cocoa.sentence_transformer import CocoaTransformer
+from modeling_cocoa.threads import map_ahead, read_ahead
 from tests.modeling_cocoa.conftest import make_image
 from tests.modeling_cocoa.test_saving import random_model
 from tests.modeling_cocoa.test_sentence_transformer import mixture, module_of
@@ -207,13 +207,13 @@ def test_mapping_ahead_keeps_the_order_and_is_so_many_ahead():
 
 
 def test_reading_ahead_keeps_the_order_and_the_error():
-    assert list(encoding.read_ahead(iter(range(1, 6)))) == [1, 2, 3, 4, 5]
+    assert list(read_ahead(iter(range(1, 6)))) == [1, 2, 3, 4, 5]
 
     def failing():
         yield 1
         raise CocoaInputError("the text is empty", 7)
 
-    ahead = encoding.read_ahead(failing())
+    ahead = read_ahead(failing())
     assert next(ahead) == 1
     with pytest.raises(CocoaInputError, match="Item 7"):
         next(ahead)
