@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 export TORCH_LOGS := -torch.utils._pytree
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix lint chaos bench gpu gpu-wheels ablation ablation-pretrained matryoshka
+.PHONY: help demo docs test test-slow test-matrix test-vllm lint chaos bench gpu gpu-wheels ablation ablation-pretrained matryoshka
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,18 +23,28 @@ help: ## show this list
 demo: $(INSTALLED) ## search the emoji with the tiny checkpoint: scores, queries and a gallery page in demo/
 	@$(BIN)/cocoa demo
 
+docs: $(INSTALLED) ## build the documentation site: open site/index.html, or serve site/ to search in it
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 test: $(INSTALLED) ## run the tests that need no GPU
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
+test-slow: $(INSTALLED) ## the tests that take minutes each: kills, sharded weights, long training, measurements, notebooks (an hour)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
 test-matrix: $(INSTALLED) ## the tests with the oldest and newest libraries, in environments of their own; MATRIX="oldest": a row
 	@$(BIN)/python .ci/matrix $(MATRIX)
+
+test-vllm: $(INSTALLED) ## serve saved folders with vLLM on a CPU, and compare the vectors (10 minutes; 3 GB the first time)
+	@$(BIN)/python -m benchmarks.vllm
 
 lint: $(INSTALLED) ## check style and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-chaos: $(INSTALLED) ## kill training runs and evaluations at random moments, many times, and compare how they end (minutes)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/trainers/test_kill.py tests/evaluation/test_mmeb_processes.py
+chaos: $(INSTALLED) ## kill training, evaluations and cocoa embed at random moments, many times, and compare how they end (minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/trainers/test_kill.py tests/evaluation/mmeb/test_mmeb_processes.py \
+		tests/cocoa/embed
 
 bench: $(INSTALLED) ## measure speed and memory (25 minutes, on a machine that does nothing else); BENCH="--only encode": a part
 	@$(BIN)/python -m benchmarks $(BENCH)

@@ -27,7 +27,8 @@ from transformers.utils import logging
 from modeling_cocoa.files import atomic_write
 
 from .compact import bench_compact
-from .encode import bench_encode
+from .embed import SHARD, bench_engines, bench_overhead, bench_peaks, bench_search
+from .encode import bench_encode, bench_encode_qwen3
 from .evaluation import bench_evaluation
 from .gradcache import bench_gradcache
 from .growth import bench_growth
@@ -38,11 +39,14 @@ from .precision import bench_precision
 from .shape_encode import encode_works
 from .shape_train import step_works
 from .shapes import PUBLISHED, SMALL, Scale, shared_processor
+from .shortcuts import bench_shortcuts
 from .train import bench_contrastive, bench_pretraining
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "cocoa-tiny"
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "sentence-transformers")
+EMBEDDED = 10_000
+"""Inputs of a run of `cocoa embed`."""
 BUILDING = 8
 """Seconds of a part that are left for building its models and stopping."""
 
@@ -52,6 +56,8 @@ def parts_of(folder: Path, items: int, rows: int, repeats: int) -> dict[str, Par
     works: dict[str, tuple[str, Work]] = {
         "encode": ("118M parameters, encode", lambda: bench_encode(folder, items, repeats)),
         "encode-tiny": ("cocoa-tiny, encode", lambda: bench_encode(TINY, items, repeats)),
+        "encode-qwen3": ("Qwen3-VL of 126M parameters, encode", lambda: bench_encode_qwen3(items, repeats)),
+        "encode-shortcuts": ("encode without shortcuts", lambda: bench_shortcuts(folder, items, repeats)),
         "pretraining": ("118M parameters, bridge step", lambda: bench_pretraining(folder, rows, repeats)),
         "contrastive": ("118M parameters, contrastive step", lambda: bench_contrastive(folder, rows, repeats)),
         "gradcache": ("cocoa-tiny, memory of a contrastive step", lambda: alone(bench_gradcache, TINY)),
@@ -61,6 +67,11 @@ def parts_of(folder: Path, items: int, rows: int, repeats: int) -> dict[str, Par
             "118M parameters, evaluation",
             lambda: bench_evaluation(folder, items // 2, min(repeats, 3)),
         ),
+        "embed-texts": ("cocoa-tiny, cocoa embed, texts", lambda: bench_overhead(TINY, EMBEDDED, repeats, "texts")),
+        "embed-images": ("cocoa-tiny, cocoa embed, images", lambda: bench_overhead(TINY, EMBEDDED, repeats, "images")),
+        "embed-workers": ("cocoa-tiny, cocoa embed by workers", lambda: bench_engines(TINY, 8 * SHARD, repeats)),
+        "embed-memory": ("cocoa-tiny, cocoa embed, memory", lambda: bench_peaks(TINY, (EMBEDDED, 4 * EMBEDDED))),
+        "search": ("cocoa search", lambda: bench_search(100 * EMBEDDED, 512, min(repeats, 3))),
         "compact": ("cocoa-tiny, short and quantized vectors", lambda: bench_compact(TINY)),
         "precision": (
             "118M parameters (speed), cocoa-tiny (accuracy)",
@@ -92,6 +103,7 @@ def shape_parts_of(scale: Scale, repeats: int) -> dict[str, Part]:
         "encode-7b": part(encode_works, "Qwen2-VL-7B", "encode, bfloat16", 60),
         "steps-7b": part(step_works, "Qwen2-VL-7B", "steps of LoRA over bfloat16, with autocast", 60, True),
         "encode-3b": part(encode_works, "Qwen2.5-VL-3B", "encode, bfloat16", 40),
+        "encode-qwen3-2b": part(encode_works, "Qwen3-VL-2B", "encode, bfloat16", 40),
     }
 
 
@@ -140,7 +152,7 @@ def measure(
         if any(part in ours for part in chosen):
             save_118m(folder)
         if any(part in shapes for part in chosen):
-            shared_processor()
+            shared_processor("qwen2_vl")
         gc.collect()
         gc.freeze()  # the tokenizer's half a million objects need not be looked through before each measurement
         report = json.loads(output.read_text()) if output.exists() else {}

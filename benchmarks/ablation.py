@@ -133,7 +133,7 @@ def check_arms(names: list[str], arms: dict[str, Arm]) -> None:
 
 def arm_recipe(recipe: dict[str, Any], arm: Arm, seed: int, output_dir: Path) -> Any:
     """The recipe of one run."""
-    from trainers.recipe import Recipe
+    from trainers.recipes.recipe import Recipe
 
     values = copy.deepcopy(recipe)
     stages = {stage: {**values["stages"][stage], **arm.options.get(stage, {})} for stage in arm.stages}
@@ -172,7 +172,7 @@ def train_arm(recipe: Any, arm: Arm, settings: Settings) -> str:
     from transformers import TrainerCallback
 
     from evaluation.assets import find_file
-    from trainers.recipe import run_recipe
+    from trainers.recipes.recipe import run_recipe
 
     class WriteLog(TrainerCallback):
         """Keeps what a stage logs, through interruptions and beyond the stage."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.emoji import STYLES, load_emoji, split_rows
-from evaluation.retrieval import target_ranks
+from evaluation.ranking import target_ranks
 from modeling_cocoa.encoding import encode_inputs
 
 from .ablation_report import Measure

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from evaluation.retrieval import target_ranks
+from evaluation.ranking import target_ranks
 from modeling_cocoa.encoding import encode_inputs
 from modeling_cocoa.files import atomic_write
 from modeling_cocoa.saving import save_cocoa

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.retrieval import Estimate
+from evaluation.ranking import Estimate
 from modeling_cocoa.files import atomic_write
 
 RESAMPLES = 4000

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from modeling_cocoa import CocoaTransformer
 
 from .measure import alternate
-from .models import device, make_workloads
+from .models import device, make_workloads, save_118m
 from .operations import embedding_operations
 
 STOCK = "SentenceTransformer(folder)"
@@ -47,7 +48,7 @@ def bench_encode(folder: Path, count: int, repeats: int) -> dict[str, Any]:
     loaders = load_in_every_way(folder, module)
     report: dict[str, Any] = {}
     for workload, items in make_workloads(count).items():
-        needed = embedding_operations(module.model, module.processor.encode(items))
+        needed = embedding_operations(module.model, module.processor.preprocess(items))
         expected = loaders[STOCK](items)
         differences = {name: float(np.abs(loader(items) - expected).max()) for name, loader in loaders.items()}
         results, rate = alternate({name: partial(loader, items) for name, loader in loaders.items()}, repeats)
@@ -62,3 +63,9 @@ def bench_encode(folder: Path, count: int, repeats: int) -> dict[str, Any]:
             for name, result in results.items()
         }
     return report
+
+
+def bench_encode_qwen3(count: int, repeats: int) -> dict[str, Any]:
+    """[`bench_encode`] of a Qwen3-VL with the same sizes."""
+    with TemporaryDirectory() as folder:
+        return bench_encode(save_118m(Path(folder), "qwen3_vl"), count, repeats)

@@ -9,10 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from evaluation.emoji_tasks import EMOJI_TASKS, write_emoji_tasks
+from evaluation.emoji_tasks import write_emoji_tasks
 from evaluation.encoders import Encoder
-from evaluation.mmeb import evaluate_model
-from evaluation.mmeb_data import Item, read_task
+from evaluation.mmeb.data import Item, load_tasks, read_task
+from evaluation.mmeb.evaluate import evaluate_model
+from evaluation.mmeb.tasks import EMOJI_TASKS
 
 from .models import device
 
@@ -29,19 +30,17 @@ def bench_evaluation(folder: Path, queries: int, repeats: int) -> dict[str, Any]
     seconds: dict[str, list[float]] = {"bare": [], "evaluation": []}
     count = 0
     with TemporaryDirectory() as scratch:
-        data = write_emoji_tasks(Path(scratch) / "data", queries)
-        images = data / "images"
+        written = write_emoji_tasks(Path(scratch) / "data", queries)
+        data = load_tasks(tasks, str(written), written / "images")
         for repeat in range(repeats + 1):  # the first, to warm up, does not count
             begun = time.monotonic()
-            scores = evaluate_model(
-                encoder, tasks, str(data), images, Path(scratch) / str(repeat), show_progress_bar=False
-            )
+            scores = evaluate_model(encoder, data, Path(scratch) / str(repeat), show_progress_bar=False)
             seconds["evaluation"].append(time.monotonic() - begun)
             count = sum(score.inputs for score in scores.tasks)
             seconds["bare"].append(0.0)
-            for task in tasks:
-                rows = read_task(task, str(data), images)
-                items: list[Item] = list(dict.fromkeys([*rows.queries.values(), *rows.candidates.values()]))
+            for task, rows in data.rows.items():
+                read = read_task(task, rows, data.image_dir)
+                items: list[Item] = list(dict.fromkeys([*read.queries.values(), *read.candidates.values()]))
                 begun = time.monotonic()
                 encoder(items)
                 seconds["bare"][-1] += time.monotonic() - begun

@@ -26,7 +26,7 @@ def bench_growth(folder: Path, count: int, repeats: int) -> dict[str, Any]:
         `dict`: Seconds, share of the rate of matrix multiplication and peak memory, by number of inputs and by tokens.
     """
     module = CocoaTransformer(folder).to(device())
-    overhead = len(module.processor.encode(["a"])[0]["input_ids"]) - 1
+    overhead = len(module.processor.preprocess(["a"])[0]["input_ids"]) - 1
     works = {
         "inputs": {f"{times * count} inputs": make_workloads(times * count)["mixed list"] for times in TIMES},
         "length": {
@@ -40,7 +40,7 @@ def bench_growth(folder: Path, count: int, repeats: int) -> dict[str, Any]:
         report[kind] = {
             name: {
                 "seconds": result.median,
-                "share of matmul rate": embedding_operations(module.model, module.processor.encode(items[name]))
+                "share of matmul rate": embedding_operations(module.model, module.processor.preprocess(items[name]))
                 / result.median
                 / rate,
                 "peak MiB": result.peak,

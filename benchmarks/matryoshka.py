@@ -17,12 +17,12 @@ import typer
 from rich.console import Console
 
 from evaluation.assets import find_file
-from evaluation.compact import CompactScore, score_compact
 from evaluation.emoji import load_emoji, split_rows
 from modeling_cocoa import CocoaTransformer
 from modeling_cocoa.files import atomic_write
 
 from .ablation import SETTINGS, Settings, arm_recipe
+from .compact import CompactScore, score_compact
 
 RESULTS = Path(__file__).parent / "results" / "matryoshka.json"
 ARM = "bidirectional"
@@ -32,7 +32,7 @@ LENGTHS = (2, 4, 8)
 
 def train_and_score(matryoshka: bool, work: Path, seed: int, max_steps: int | None) -> list[CompactScore]:
     """Train one of the two models, or go on with it, and score every form of its vectors."""
-    from trainers.recipe import run_recipe
+    from trainers.recipes.recipe import run_recipe
 
     settings = Settings.load(SETTINGS)
     values = copy.deepcopy(settings.recipe)

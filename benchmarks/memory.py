@@ -11,18 +11,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import nn
-from transformers import Qwen2_5_VLConfig, Qwen2VLConfig
 from transformers.utils import logging
 
 from modeling_cocoa.auto import BACKBONES
-from modeling_cocoa.configuration_cocoa import CocoaConfig
+from modeling_cocoa.configuration_cocoa import CocoaSettings
 from modeling_cocoa.files import atomic_write
+from modeling_cocoa.packed_attention import attend_row
 from modeling_cocoa.packing import pack
 
 logging.set_verbosity_error()
@@ -44,6 +45,8 @@ QUANTIZED = 0.5 + 0.127 / 8
 
 QWEN2_VL_VISION = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4}
 QWEN2_5_VL_VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+QWEN3_VL_VISION = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16}
+QWEN3_VL_8B_VISION = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16}
 
 
 @dataclass
@@ -68,9 +71,12 @@ class Shape:
         return self.vision.get("embed_dim") or self.vision["hidden_size"]
 
 
-def text_shape(hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> dict[str, int]:
-    """The text configuration's fields of a size."""
+def text_shape(
+    hidden: int, inner: int, layers: int, heads: int, key_heads: int, vocabulary: int, head: int | None = None
+) -> dict[str, int]:
+    """The text configuration's fields of a size; `head`: of a head, where it is not the hidden size's share."""
     return {
+        **({} if head is None else {"head_dim": head}),
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
@@ -85,14 +91,17 @@ SHAPES = {
     "Qwen2-VL-7B": Shape("qwen2_vl", text_shape(3584, 18_944, 28, 28, 4, 152_064), QWEN2_VL_VISION, False),
     "Qwen2.5-VL-3B": Shape("qwen2_5_vl", text_shape(2048, 11_008, 36, 16, 2, 151_936), QWEN2_5_VL_VISION, True),
     "Qwen2.5-VL-7B": Shape("qwen2_5_vl", text_shape(3584, 18_944, 28, 28, 4, 152_064), QWEN2_5_VL_VISION, False),
+    "Qwen3-VL-2B": Shape("qwen3_vl", text_shape(2048, 6144, 28, 16, 8, 151_936, 128), QWEN3_VL_VISION, True),
+    "Qwen3-VL-4B": Shape("qwen3_vl", text_shape(2560, 9728, 36, 32, 8, 151_936, 128), QWEN3_VL_VISION, True),
+    "Qwen3-VL-8B": Shape("qwen3_vl", text_shape(4096, 12_288, 36, 32, 8, 151_936, 128), QWEN3_VL_8B_VISION, False),
 }
 
 
 def build(shape: Shape, layers: int, blocks: int, device: str) -> nn.Module:
     """A backbone of a shape, with so many layers and vision blocks, in bfloat16."""
-    config_class = {"qwen2_vl": Qwen2VLConfig, "qwen2_5_vl": Qwen2_5_VLConfig}[shape.model_type]
-    width = {"qwen2_vl": "hidden_size", "qwen2_5_vl": "out_hidden_size"}[shape.model_type]
-    pairs = shape.text["hidden_size"] // shape.text["num_attention_heads"] // 2
+    config_class = BACKBONES[shape.model_type].config_class
+    width = "out_hidden_size" if hasattr(config_class().vision_config, "out_hidden_size") else "hidden_size"
+    pairs = shape.text.get("head_dim", shape.text["hidden_size"] // shape.text["num_attention_heads"]) // 2
     side = pairs * 3 // 8
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [pairs - 2 * side, side, side]}
     config = config_class(
@@ -101,7 +110,7 @@ def build(shape: Shape, layers: int, blocks: int, device: str) -> nn.Module:
         tie_word_embeddings=shape.tied,
         dtype=torch.bfloat16,
     )
-    config.cocoa = CocoaConfig(eos_token_id=151_645, mask_token_id=151_657).to_dict()
+    config.cocoa = CocoaSettings(eos_token_id=151_645, mask_token_id=151_657).to_dict()
     with torch.device(device):
         return BACKBONES[shape.model_type](config).to(torch.bfloat16)
 
@@ -138,13 +147,14 @@ def bytes_kept(shape: Shape, dtype: torch.dtype) -> dict[str, float]:
     states = torch.randn(TOKENS, shape.text["hidden_size"], dtype=dtype, requires_grad=True)
     segments = torch.ones(2, TOKENS // 2, dtype=torch.long)
     positions = torch.arange(TOKENS).expand(3, 1, TOKENS)
-    rotary = tuple(part[0] for part in model.language_model.rotary_emb(states[None], positions))
+    rotary = model.language_model.rotary_emb(states[None], positions)
+    attend = partial(attend_row, packing=pack(segments), implementation=model.attention)
     patches = torch.randn(TOKENS, shape.vision_width, dtype=dtype, requires_grad=True)
     head = shape.vision_width // shape.vision["num_heads"]
     turns = (torch.randn(TOKENS, head), torch.randn(TOKENS, head))
     ends = torch.arange(0, TOKENS + 1, TOKENS // 8, dtype=torch.int32)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-        token = saved_bytes(model, lambda: layer(states, packing=pack(segments), position_embeddings=rotary))
+        token = saved_bytes(model, lambda: layer(states[None], packed_attention=attend, position_embeddings=rotary))
         patch = saved_bytes(model, lambda: block(patches, cu_seqlens=ends, position_embeddings=turns))
     return {"token": token / TOKENS, "patch": patch / TOKENS}
 

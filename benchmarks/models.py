@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
 
 from modeling_cocoa import CocoaProcessor, save_cocoa
-from tests.qwen2_tokenizer import build_qwen2_tokenizer
-from trainers.from_scratch import build_model
+from modeling_cocoa.auto import BACKBONES
+from trainers.recipes.from_scratch import build_model
+from trainers.recipes.tiny_processor import processor_around
+
+from .qwen2_tokenizer import build_qwen2_tokenizer
 
 TEXT_118M = {
     "hidden_size": 512,
@@ -24,7 +26,16 @@ TEXT_118M = {
     "num_key_value_heads": 2,
     "vocab_size": 151_680,
 }
-VISION_118M = {"depth": 6, "embed_dim": 320, "num_heads": 4, "mlp_ratio": 4}
+VISION_118M = {
+    "qwen2_vl": {"depth": 6, "embed_dim": 320, "num_heads": 4, "mlp_ratio": 4},
+    "qwen3_vl": {
+        "depth": 6,
+        "hidden_size": 320,
+        "intermediate_size": 1280,
+        "num_heads": 4,
+        "deepstack_visual_indexes": [1, 2, 3],
+    },
+}
 
 WORDS = (
     "a red bicycle leans against the old stone wall while two children watch boats drift slowly along quiet water "
@@ -32,23 +43,24 @@ WORDS = (
 ).split()
 
 
-def build_processor(max_length: int = 4096, max_pixels: int = 224 * 224) -> CocoaProcessor:
-    """Qwen2-VL's real tokenizer, and images in patches of 14, by default of 56 to 224 pixels a side."""
-    tokenizer = build_qwen2_tokenizer()
-    tokenizer.model_max_length = max_length
-    sizes: dict[str, Any] = {"size": {"shortest_edge": 56 * 56, "longest_edge": max_pixels}, "patch_size": 14}
-    stock = Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**sizes),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**sizes),
+def build_processor(
+    max_length: int = 4096, max_pixels: int = 224 * 224, model_type: str = "qwen2_vl"
+) -> CocoaProcessor:
+    """Qwen2-VL's real tokenizer, and images in a backbone's own patches, by default of 56 to 224 pixels a side."""
+    return processor_around(
+        build_qwen2_tokenizer(),
+        patch_size=BACKBONES[model_type].config_class().vision_config.patch_size,
+        min_pixels=56 * 56,
+        max_pixels=max_pixels,
+        max_length=max_length,
+        model_type=model_type,
     )
-    return CocoaProcessor(stock, min_pixels=56 * 56, max_pixels=max_pixels, max_length=max_length)
 
 
-def save_118m(folder: Path) -> Path:
-    """Write the 118M-parameter Qwen2-VL configuration with random weights, loadable through every loader."""
-    processor = build_processor()
-    save_cocoa(build_model(processor, TEXT_118M, VISION_118M, seed=0), processor, folder)
+def save_118m(folder: Path, model_type: str = "qwen2_vl") -> Path:
+    """Write a configuration of 118M parameters with random weights, loadable through every loader."""
+    processor = build_processor(model_type=model_type)
+    save_cocoa(build_model(processor, TEXT_118M, VISION_118M[model_type], model_type=model_type), processor, folder)
     return folder
 
 

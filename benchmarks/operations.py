@@ -56,14 +56,13 @@ def weights_of(modules: Iterable[nn.Module]) -> int:
     return sum(p.numel() for module in modules for p in module.parameters() if p.dim() == 2)
 
 
-def text_operations(model: CocoaModelMixin, spans: Iterable[tuple[int, int]], eos_only: bool) -> float:
+def text_operations(model: CocoaModelMixin, spans: Iterable[tuple[int, int]]) -> float:
     """
     Operations of the text layers, forward.
 
     Args:
         model: The backbone.
         spans (`Iterable[tuple[int, int]]`): Stretches of queries, each with the number of keys that it sees.
-        eos_only (`bool`): Of the last layer, only each stretch's last token.
 
     Returns:
         `float`: 2 for each weight of the linear layers and real token, and 4 for each query, key and unit of width.
@@ -71,13 +70,7 @@ def text_operations(model: CocoaModelMixin, spans: Iterable[tuple[int, int]], eo
     layers, hidden = model.language_model.layers, model.config.get_text_config().hidden_size
     spans = list(spans)
     tokens, products = sum(q for q, _ in spans), sum(q * k for q, k in spans)
-    whole = 2.0 * tokens * weights_of([layers[0]]) + 4.0 * products * hidden
-    if not eos_only:
-        return len(layers) * whole
-    last = layers[-1]
-    keys = weights_of([last.self_attn.k_proj, last.self_attn.v_proj])
-    end = 2.0 * (tokens * keys + len(spans) * (weights_of([last]) - keys)) + 4.0 * sum(k for _, k in spans) * hidden
-    return (len(layers) - 1) * whole + end
+    return len(layers) * (2.0 * tokens * weights_of([layers[0]]) + 4.0 * products * hidden)
 
 
 def vision_operations(model: CocoaModelMixin, grid_thw: Tensor | None) -> float:
@@ -90,7 +83,7 @@ def vision_operations(model: CocoaModelMixin, grid_thw: Tensor | None) -> float:
     visual, sizes = model.visual, grid_thw.prod(-1).double()
     width, blocks = visual.blocks[0].attn.proj.weight.shape[0], len(visual.blocks)
     weights = weights_of(visual.blocks) + visual.patch_embed.proj.weight.numel()
-    weights += weights_of([visual.merger]) / VISION_RATIO
+    weights += weights_of([visual.merger, *getattr(visual, "deepstack_merger_list", ())]) / VISION_RATIO
     whole = blocks
     if hasattr(visual, "fullatt_block_indexes"):
         whole = sum(index < blocks for index in visual.fullatt_block_indexes)
@@ -99,9 +92,17 @@ def vision_operations(model: CocoaModelMixin, grid_thw: Tensor | None) -> float:
     return float(2 * weights * sizes.sum() + 4 * width * products)
 
 
-def embedding_operations(model: CocoaModelMixin, rows: Iterable[dict[str, Tensor]]) -> float:
-    """What embedding needs of rows as `CocoaProcessor.encode` gives them."""
+def embedding_operations(
+    model: CocoaModelMixin, rows: Iterable[dict[str, Tensor]], with_gradients: bool = False
+) -> float:
+    """
+    What embedding needs of rows as `CocoaProcessor.preprocess` gives them. Without gradients, the last MLP serves the
+    EOS tokens alone.
+    """
     rows = list(rows)
     lengths = [len(row["input_ids"]) for row in rows]
     images = sum(vision_operations(model, row.get("image_grid_thw")) for row in rows)
-    return images + text_operations(model, [(length, length) for length in lengths], eos_only=True)
+    needed = images + text_operations(model, [(length, length) for length in lengths])
+    if with_gradients:
+        return needed
+    return needed - 2.0 * (sum(lengths) - len(lengths)) * weights_of([model.language_model.layers[-1].mlp])

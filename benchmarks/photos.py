@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from modeling_cocoa import CocoaTransformer
-from trainers.collators import ReconstructionCollator
-from trainers.contrastive_rows import ContrastiveCollator
+from trainers.data.collators import ReconstructionCollator
+from trainers.data.contrastive_rows import ContrastiveCollator
 
 from .measure import high_water_mark
 

@@ -63,7 +63,7 @@ def measure_workload(models: Models, workload: str, items: list[Any], repeats: i
     """
     ours, vectors = models.ours, {}
     begin = time.perf_counter()
-    rows = ours.processor.encode(items)
+    rows = ours.processor.preprocess(items)
     seconds_read = time.perf_counter() - begin
     batches = list(prepared_batches(ours, rows))
     needed, tokens = embedding_operations(ours.model, rows), sum(len(row["input_ids"]) for row in rows)

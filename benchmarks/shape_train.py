@@ -17,7 +17,8 @@ from sentence_transformers.util import batch_to_device, cos_sim
 from torch import Tensor, nn
 
 from modeling_cocoa.reconstruction import CocoaForReconstruction
-from trainers.adapters import adapter_state_dict, prepare_parts
+from trainers.adapter_files import adapter_state_dict
+from trainers.adapters import prepare_parts
 
 from .measure import alternate
 from .memory import GIB, RESULT, SHAPES, Shape, activations, bytes_kept
@@ -142,12 +143,12 @@ def contrastive_step(models: Models, texts: list[str], images: list[Any]) -> Ste
         loss = MultipleNegativesRankingLoss(tree, scale=20.0, similarity_fct=exact_cosines)
         return lambda: loss([dict(part) for part in features], None)
 
-    rows = [row for items in (texts, images) for row in models.ours.processor.encode(items)]
+    rows = [row for items in (texts, images) for row in models.ours.processor.preprocess(items)]
     grids = [row["image_grid_thw"] for row in rows if "image_grid_thw" in row]
     return Step(
         trees,
         {name: loss_of(tree) for name, tree in trees.items()},
-        embedding_operations(models.ours.model, rows),
+        embedding_operations(models.ours.model, rows, with_gradients=True),
         sum(len(row["input_ids"]) for row in rows),
         int(torch.cat(grids).prod(-1).sum()),
     )

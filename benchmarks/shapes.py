@@ -17,14 +17,15 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 from modeling_cocoa import CocoaProcessor, CocoaTransformer
-from modeling_cocoa.modeling_cocoa import CocoaModelMixin, stock_class
-from trainers.from_scratch import build_model
+from modeling_cocoa.model_folder import stock_class
+from modeling_cocoa.modeling_cocoa import CocoaModelMixin
+from trainers.recipes.from_scratch import build_model
 
 from .memory import SHAPES, Shape, text_shape
 from .models import build_processor, device, make_images, make_texts
 
 VOCABULARY = 151_936
-MAX_PIXELS = 1280 * 28 * 28
+MAX_IMAGE_TOKENS = 1280
 SMALL_VISION = {
     "qwen2_vl": {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 4},
     "qwen2_5_vl": {
@@ -33,6 +34,13 @@ SMALL_VISION = {
         "intermediate_size": 64,
         "num_heads": 2,
         "fullatt_block_indexes": [1],
+    },
+    "qwen3_vl": {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "deepstack_visual_indexes": [0],
     },
 }
 SMALL_TEXT = text_shape(32, 64, 3, 2, 1, VOCABULARY)
@@ -106,9 +114,10 @@ class Models:
 
 
 @cache
-def shared_processor() -> CocoaProcessor:
+def shared_processor(model_type: str) -> CocoaProcessor:
     """Qwen2-VL's real tokenizer, images of up to 1,280 tokens; takes seconds the first time."""
-    return build_processor(max_pixels=MAX_PIXELS)
+    processor = build_processor(model_type=model_type)
+    return CocoaProcessor(processor.processor, max_pixels=MAX_IMAGE_TOKENS * processor.token_pixels)
 
 
 @contextmanager
@@ -127,12 +136,12 @@ def build_backbone(shape: Shape, dtype: torch.dtype) -> CocoaModelMixin:
     """A backbone of a shape with random weights, in evaluation mode."""
     text = {**shape.text, "rope_parameters": {"rope_theta": 1e6}}
     with creating(dtype):
-        return build_model(shared_processor(), text, shape.vision, model_type=shape.model_type).eval()
+        return build_model(shared_processor(shape.model_type), text, shape.vision, model_type=shape.model_type).eval()
 
 
 def build_models(shape: Shape, dtype: torch.dtype) -> Models:
     """Models of a shape."""
-    processor = shared_processor()
+    processor = shared_processor(shape.model_type)
     nothing = Shape(shape.model_type, NEARLY_NOTHING, SMALL_VISION[shape.model_type], True)
     tiny, backbone = build_backbone(nothing, dtype), build_backbone(shape, dtype)
     with creating(dtype):

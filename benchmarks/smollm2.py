@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from modeling_cocoa import CocoaProcessor
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.reconstruction import CocoaForReconstruction
-from trainers.collators import ReconstructionCollator, model_arguments
-from trainers.from_scratch import build_model
-from trainers.tiny_processor import SPECIAL_TOKENS, processor_around
+from trainers.data.collators import ReconstructionCollator, model_arguments
+from trainers.recipes.from_scratch import build_model
+from trainers.recipes.tiny_processor import SPECIAL_TOKENS, processor_around
 
 from .causal import make_causal
 

@@ -16,11 +16,11 @@ from torch import nn
 
 from modeling_cocoa import CocoaProcessor, CocoaTransformer
 from modeling_cocoa.attention import attention_mask_for
-from modeling_cocoa.heads import attach_mask_token
 from modeling_cocoa.losses import normalize_patches
 from modeling_cocoa.packing import pack
 from modeling_cocoa.reconstruction import CocoaForReconstruction
-from trainers.collators import ReconstructionCollator, model_arguments
+from modeling_cocoa.special_tokens import attach_mask_token
+from trainers.data.collators import ReconstructionCollator, model_arguments
 
 from .measure import alternate
 from .models import device, make_images, make_texts
@@ -135,7 +135,7 @@ def pretraining_operations(model: CocoaForReconstruction, batch: dict[str, Any])
     packing = pack(batch["segment_ids"], model.eos_sees_target)
     spans = [(length, length) for length in packing.sources.lengths]
     spans += [(length, length + 1) for length in packing.targets.lengths]
-    text = text_operations(model.model, spans, eos_only=False)
+    text = text_operations(model.model, spans)
     vision = vision_operations(model.model, batch["image_grid_thw"])
     head = model.model.get_input_embeddings().weight.numel() * int((batch["labels"] != -100).sum())
     if units := int(batch["unit_mask"].sum()):
@@ -177,8 +177,8 @@ def bench_contrastive(folder: Path, pairs: int, repeats: int) -> dict[str, Any]:
     results, rate = alternate({name: partial(step, model) for name, model in models.items()}, repeats)
     stock = results["stock"]
     module = models["CocoaTransformer"][0]
-    rows = [row for items in (texts, images) for row in module.processor.encode(items)]
-    needed = FORWARD_AND_BACKWARD * embedding_operations(module.model, rows)
+    rows = [row for items in (texts, images) for row in module.processor.preprocess(items)]
+    needed = FORWARD_AND_BACKWARD * embedding_operations(module.model, rows, with_gradients=True)
     return {
         "step": {
             name: {

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MMEB-V1 and the embedded emoji set: tasks, protocol, metrics, untrained baselines, reports, the demo."""
+"""MMEB-V1, and the emoji set in its layout: tasks, protocol, metrics, ranking, vectors, reports."""

@@ -28,7 +28,7 @@ from mteb.models import ModelMeta
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 
-from cocoa import digest_files, fingerprint
+from cocoa import asset_path, digest_files, fingerprint
 
 
 class PicturesByText(AbsTaskRetrieval):
@@ -124,7 +124,7 @@ def describe(folder: str, name: str) -> ModelMeta:
 def main() -> None:
     """Read the command line, evaluate, and print the main score of each task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub name of a checkpoint")
+    parser.add_argument("--model", default="tiny", help="folder or Hub name of a checkpoint, or 'tiny'")
     parser.add_argument("--name", default="my-organization/cocoa", help="what results call it")
     parser.add_argument("--pictures", type=Path, help="a folder of pictures with metadata.csv")
     parser.add_argument("--task", action="append", default=[], help="a task of mteb; may be repeated")
@@ -135,8 +135,9 @@ def main() -> None:
         tasks.append(pictures_by_text(options.pictures))
     if not tasks:
         parser.error("give --pictures or --task")
+    model = str(asset_path("checkpoints/cocoa-tiny")) if options.model == "tiny" else options.model
     results = mteb.evaluate(
-        describe(options.model, options.name), tasks, cache=mteb.ResultCache(options.output), show_progress_bar=False
+        describe(model, options.name), tasks, cache=mteb.ResultCache(options.output), show_progress_bar=False
     )
     names = {task.metadata.name: task.metadata.main_score for task in tasks}
     for result in results.task_results:

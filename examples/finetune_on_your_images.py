@@ -43,6 +43,8 @@ def main() -> None:
     # 1. The data. Every row is a picture and its caption. One row in ten is put aside: the model never trains on it,
     #    so that it shows whether the model has learned something or only remembers. With the seed these are always the
     #    same rows.
+    if not (options.folder / "metadata.csv").is_file():
+        parser.error(f"there is no {options.folder / 'metadata.csv'}: write one with the columns file_name and text.")
     rows = load_dataset("imagefolder", data_dir=str(options.folder), split="train")
     rows = rows.rename_columns({"text": "query", "image": "positive"}).select_columns(["query", "positive"])
     parts = rows.train_test_split(test_size=0.1, seed=0)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's folder says of the model, without loading it."""
+"""Facts about a model, read from its folder without loading the weights."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +15,30 @@ from safetensors import safe_open
 from modeling_cocoa.auto import BACKBONES
 
 INDEX = "model.safetensors.index.json"
-"""Names the file of each weight, where there are several."""
+"""Maps each weight to its file, where there are several."""
 
 
 @dataclass
 class FolderFacts:
-    """
-    What a CoCoA model's folder says of the model.
+    """Facts about a CoCoA model that its card and the checks before a push use."""
 
-    Args:
-        backbone (`str`): Class of the model code, such as `"CocoaQwen2VLModel"`.
-        model_type (`str`): Of the generative model: `"qwen2_vl"` or `"qwen2_5_vl"`.
-        dimension (`int`): Length of a vector.
-        parameters (`int`), dtype (`str`): Of the weights.
-        max_length (`int`): Tokens of an input.
-        min_pixels, max_pixels (`int`): Of a picture, once it is resized.
-        similarity (`str`): Function that vectors are compared with.
-        prompts (`dict[str, str]`): Instructions by name, those that are not empty.
-        needs_remote_code (`bool`): Whether it loads with `trust_remote_code=True` only.
-        shortened_from (`int`, *optional*): Length of a whole vector, where the folder shortens them (`truncate_dim`).
-    """
-
-    backbone: str
+    backbone: str  # class of the model code
     model_type: str
     dimension: int
+    full_dimension: int | None  # before truncation, if the folder has a `truncate_dim`
     parameters: int
     dtype: str
     max_length: int
     min_pixels: int
     max_pixels: int
     similarity: str
-    prompts: dict[str, str] = field(default_factory=dict)
-    needs_remote_code: bool = False
-    shortened_from: int | None = None
+    prompts: dict[str, str]  # without empty ones
+    needs_remote_code: bool  # whether it loads only with `trust_remote_code=True`
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> FolderFacts:
         """
-        Args:
-            folder (`str` or `os.PathLike`): Of a model saved by [`save_cocoa`].
+        Read the folder of a model saved by [`save_cocoa`].
 
         Raises:
             FileNotFoundError, ValueError: the folder is incomplete, or holds another kind of model.
@@ -66,11 +51,11 @@ class FolderFacts:
         settings = read_json(folder / "config_sentence_transformers.json")
         size = read_json(folder / "processor_config.json")["image_processor"]["size"]
         modules = read_json(folder / "modules.json")
-        whole, shortened = config["text_config"]["hidden_size"], settings.get("truncate_dim")
+        hidden_size, truncate_dim = config["text_config"]["hidden_size"], settings.get("truncate_dim")
         return cls(
             backbone=backbone.__name__,
             model_type=config["model_type"],
-            dimension=shortened or whole,
+            dimension=truncate_dim or hidden_size,
             parameters=count_parameters(folder),
             dtype=config["dtype"],
             max_length=read_json(folder / "tokenizer_config.json")["model_max_length"],
@@ -79,21 +64,16 @@ class FolderFacts:
             similarity=settings.get("similarity_fn_name") or "cosine",
             prompts={name: prompt for name, prompt in settings["prompts"].items() if prompt},
             needs_remote_code=any(not module["type"].startswith("sentence_transformers.") for module in modules),
-            shortened_from=whole if shortened else None,
+            full_dimension=hidden_size if truncate_dim else None,
         )
 
 
 def read_json(path: Path) -> Any:
-    """
-    What a file of a model's folder holds.
-
-    Raises:
-        FileNotFoundError: there is none; says how to make the folder whole.
-    """
+    """The content of a JSON file of a model's folder; a missing file is a `FileNotFoundError` that names the fix."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path.parent} has no {path.name}: it is not whole. Save the model again with modeling_cocoa.save_cocoa, "
-            "or push the folder that a trainer's save_model wrote."
+            f"{path.parent} has no {path.name}: it is incomplete. Save the model again with "
+            "modeling_cocoa.save_cocoa, or use the folder that a trainer's save_model wrote."
         )
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -107,7 +87,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def count_parameters(folder: Path) -> int:
-    """How many numbers the weights are, from the heads of their files."""
+    """The number of parameters, from the headers of the weight files."""
     total = 0
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as weights:

@@ -1,41 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of evaluations in a model's folder, where its card finds them."""
+"""Evaluation results in a model's folder, which its card shows."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 
-from evaluation.mmeb_report import draw_chart
-from evaluation.mmeb_scores import Scores
-from evaluation.mmeb_tasks import published_on
-from evaluation.vectors import weights_digest
+from evaluation.digests import weights_digest
+from evaluation.mmeb.report import draw_chart
+from evaluation.mmeb.scores import Scores
+from evaluation.mmeb.tasks import published_on
 from modeling_cocoa.files import atomic_write
-from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 RESULTS_FOLDER = "evaluation"
 """In a model's folder: a JSON file and a chart for each benchmark."""
 
 
 def read_results(folder: str | os.PathLike) -> list[Scores]:
-    """
-    The results in a model's folder, by the names of their benchmarks.
-
-    Args:
-        folder (`str` or `os.PathLike`): Of the model.
-    """
-    paths = sorted((Path(folder) / RESULTS_FOLDER).glob("*.json"))
-    return [Scores.from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    """The results in a model's folder, sorted by file name."""
+    return [Scores.read(path) for path in sorted((Path(folder) / RESULTS_FOLDER).glob("*.json"))]
 
 
 def check_results(folder: str | os.PathLike) -> None:
     """
-    Find out whether the results in a model's folder are those of the weights that are there now.
-
-    Args:
-        folder (`str` or `os.PathLike`): Of the model.
+    Check that the results in a model's folder were measured with the weights in it.
 
     Raises:
         ValueError: one was measured with other weights; names it.
@@ -43,7 +32,7 @@ def check_results(folder: str | os.PathLike) -> None:
     results = read_results(folder)
     if not results:
         return
-    weights = weights_digest(CocoaTransformer(folder))
+    weights = weights_digest(folder)
     for scores in results:
         if scores.settings.get("weights") != weights:
             raise ValueError(
@@ -55,7 +44,7 @@ def check_results(folder: str | os.PathLike) -> None:
 
 def add_result(folder: str | os.PathLike, scores_file: str | os.PathLike) -> Scores:
     """
-    Put the result of an evaluation into the folder of the model that it is of.
+    Copy the result of an evaluation into the folder of the evaluated model, and draw its chart.
 
     Args:
         folder (`str` or `os.PathLike`): Of the model.
@@ -65,34 +54,30 @@ def add_result(folder: str | os.PathLike, scores_file: str | os.PathLike) -> Sco
         FileNotFoundError: there is no such file.
         ValueError: it holds no scores, or those of other weights.
     """
-    path = Path(scores_file)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}: give the scores.json that `cocoa eval` wrote.")
     try:
-        scores = Scores.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        scores = Scores.read(Path(scores_file))
         measured = scores.settings["weights"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no scores of `cocoa eval` ({error!r}).") from error
-    if weights_digest(CocoaTransformer(folder)) != measured:
+        raise ValueError(f"{scores_file} holds no scores of `cocoa eval` ({error!r}).") from error
+    if weights_digest(folder) != measured:
         raise ValueError(
-            f"{path} was measured with other weights than those in {folder}: evaluate this model, with `cocoa eval "
-            "--model`."
+            f"{scores_file} was measured with other weights than those in {folder}: evaluate this model, with "
+            "`cocoa eval --model`."
         )
     target = Path(folder) / RESULTS_FOLDER
     target.mkdir(exist_ok=True)
     with atomic_write(target / f"{file_name(scores)}.png") as chart:
         draw_chart([scores], published_on(scores.benchmark), chart)
-    with atomic_write(target / f"{file_name(scores)}.json") as written:
-        written.write_text(json.dumps(scores.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    scores.write(target / f"{file_name(scores)}.json")
     return scores
 
 
 def chart_of(folder: Path, scores: Scores) -> str | None:
-    """The chart of a result, as a path in the folder; none where there is none."""
+    """The path of a result's chart relative to the folder, if there is one."""
     name = f"{RESULTS_FOLDER}/{file_name(scores)}.png"
     return name if (folder / name).is_file() else None
 
 
 def file_name(scores: Scores) -> str:
-    """What a benchmark's files are called."""
+    """The name of a benchmark's files, without suffix."""
     return re.sub(r"[^a-z0-9]+", "-", scores.benchmark.lower()).strip("-")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of how a model was trained, written into its folder by each stage and read by its card."""
+"""How a model was trained: each stage adds a record to the model's folder, and the card reads them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,28 @@ from typing import Any
 from modeling_cocoa.files import atomic_write
 
 RECORD_FILE = "training.json"
-"""Beside a model's weights: its stages, first to last."""
+"""In a model's folder: its stages, first to last."""
 
 
 @dataclass
 class StageRecord:
     """
-    One stage of training, as its run knows it; what was not measured is empty.
+    One stage of training, as its run recorded it; what was not measured is empty.
 
     Args:
         stage (`str`): `"warmup"`, `"bridge"` or `"contrastive"`.
         settings (`dict`): Fields of the stage's configuration that are not at their defaults.
-        base_model (`str`, *optional*): Hub name of the model that it began with; of a folder's, its own record tells.
-        base_revision (`str`, *optional*): Commit of it.
-        datasets (`list[dict]`): Of each, `name`, and where known `rows`, `id` (on the Hub), `revision`, `license`.
-        adapters (`dict`): Of LoRA and its kin: `type`, rank and what they are put into.
-        trained_parameters (`int`): How many numbers were trained.
-        steps (`int`), epochs (`float`): Made in all.
-        processes (`int`): That trained together.
+        base_model (`str`, *optional*): Hub name of the model that it started from; a folder has its own record.
+        base_revision (`str`, *optional*): Commit of the base model.
+        datasets (`list[dict]`): The `name` of each, and where known `rows`, `id` (on the Hub), `revision`, `license`.
+        adapters (`dict`): `type`, rank and target modules of adapters such as LoRA.
+        trained_parameters (`int`), steps (`int`), epochs (`float`), processes (`int`): Totals of the run.
         device (`str`): Name of the GPU; `"CPU"` without one.
-        seconds (`float`, *optional*): Of a run that was not interrupted.
+        seconds (`float`, *optional*): Training time of a run that was not interrupted.
         losses (`dict[str, float]`): As last logged.
         evaluation (`dict[str, float]`): As last measured on the evaluation data.
-        emissions (`dict`): As codecarbon measured them: `emissions` (grams of CO2), `energy_consumed` (kWh), ...
-        versions (`dict[str, str]`): Of the libraries.
+        emissions (`dict`): From codecarbon: `emissions` (grams of CO2), `energy_consumed` (kWh), ...
+        versions (`dict[str, str]`): Versions of the libraries.
     """
 
     stage: str
@@ -58,13 +56,10 @@ class StageRecord:
 
 def read_records(folder: str | os.PathLike) -> list[StageRecord]:
     """
-    The stages of a model, first to last; none where its folder does not tell.
-
-    Args:
-        folder (`str` or `os.PathLike`): Of the model.
+    The stages of the model in `folder`, first to last; empty without a record.
 
     Raises:
-        ValueError: the file is none that [`write_records`] wrote.
+        ValueError: the file was not written by [`write_records`].
     """
     path = Path(folder) / RECORD_FILE
     if not path.is_file():
@@ -76,13 +71,7 @@ def read_records(folder: str | os.PathLike) -> list[StageRecord]:
 
 
 def write_records(folder: str | os.PathLike, records: list[StageRecord]) -> None:
-    """
-    Write the stages of a model into its folder, whole or not at all.
-
-    Args:
-        folder (`str` or `os.PathLike`): Of the model.
-        records (`list[StageRecord]`): First to last.
-    """
+    """Write the stages of the model in `folder`, first to last, atomically."""
     content = {"stages": [asdict(record) for record in records]}
     with atomic_write(Path(folder) / RECORD_FILE) as path:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -41,7 +41,7 @@ TEMPLATE = r"""
                 {{- plain(state.pending) -}}
                 {%- set state.pending = '' -%}
             {%- endif -%}
-            {{- '<|vision_start|><|' ~ part.type ~ '_pad|><|vision_end|>' -}}
+            {{- MEDIA -}}
         {%- endif -%}
     {%- endfor -%}
     {{- plain(state.pending) -}}
@@ -55,21 +55,16 @@ UNKNOWN_PART = (
 )
 """Says what sentence-transformers would drop without a word."""
 
+MEDIA = "'<|vision_start|><|' ~ part.type ~ '_pad|><|vision_end|>'"
+"""What stands for an image or a video, each of which the processor replaces the inner token of."""
+MEDIA_WITH_BARE_VIDEOS = f"'<|video_pad|>' if part.type == 'video' else {MEDIA}"
+"""The same where the processor writes the tokens around a video's frames itself."""
+
 PROCESSOR_PLACEHOLDER = "<|placeholder|>"
 """transformers before 5.3 turns this string into image tokens, though it is no token of the vocabulary."""
 
 
-def control_tokens_of(added: Iterable[str]) -> list[str]:
-    """
-    Strings of a text that its readers would take for more than a text.
-
-    Args:
-        added (`Iterable[str]`): What the tokenizer reads as one token wherever it occurs.
-    """
-    return sorted({*added, PROCESSOR_PLACEHOLDER})
-
-
-def build_chat_template(control_tokens: Iterable[str]) -> str:
+def build_chat_template(control_tokens: Iterable[str], has_bare_videos: bool = False) -> str:
     """
     The Jinja chat template of a CoCoA processor.
 
@@ -83,13 +78,16 @@ def build_chat_template(control_tokens: Iterable[str]) -> str:
     and a message without content raise an error.
 
     Args:
-        control_tokens (`Iterable[str]`): Of [`control_tokens_of`].
+        control_tokens (`Iterable[str]`): Strings of a text that its readers would take for more than a text: what the
+            tokenizer reads as one token wherever it occurs, and [`PROCESSOR_PLACEHOLDER`].
+        has_bare_videos (`bool`, defaults to `False`): Write `<|video_pad|>` for a video without the tokens around it,
+            which the processor of Qwen3-VL writes around each frame.
 
     Returns:
         `str`: The template, with the control tokens written into it.
     """
     values = {"CONTROL_TOKENS": list(control_tokens), "UNKNOWN_PART": UNKNOWN_PART}
-    template = TEMPLATE.strip()
+    template = TEMPLATE.strip().replace("MEDIA", MEDIA_WITH_BARE_VIDEOS if has_bare_videos else MEDIA)
     for name, value in values.items():
         template = template.replace(name, json.dumps(value, ensure_ascii=False))
     return template

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the files of a checkpoint are, what kind of model they hold, and how its weights are named."""
+"""Where the files of a checkpoint are, in a folder or on the Hub."""
 
 from __future__ import annotations
 
@@ -9,14 +9,6 @@ from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.utils import cached_file
-
-KEY_MAPPING = {
-    r"^(?:model\.)?visual\.": "visual.",
-    r"^(?:model\.)?(?:language_model\.)?(?:model\.)?embed_tokens\.": "language_model.embed_tokens.",
-    r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.": "language_model.layers.",
-    r"^(?:model\.)?(?:language_model\.)?(?:model\.)?norm\.": "language_model.norm.",
-}
-"""From every layout that Qwen2-VL weights are published in to the base model's own names."""
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 """Arguments of `from_pretrained` that say where the files are."""
@@ -53,19 +45,26 @@ def check_is_there(path: str, *, has_owner: bool = False) -> None:
     can_be_a_name = not os.path.isabs(path) and not path.startswith((".", "~")) and has_owner <= len(rest) < 2
     if not can_be_a_name:
         raise FileNotFoundError(f"There is no checkpoint folder {path}; check the path.")
-    if rest and os.path.isdir(owner) and not is_cached(path):
+    if rest and os.path.isdir(owner) and not find_checkpoint_file(path, "config.json", local_files_only=True):
         raise FileNotFoundError(
             f"There is no checkpoint folder {path} in the folder {owner}; check the path (for a model of that name on "
             f"the Hub, work in a folder without a folder {owner})."
         )
 
 
-def is_cached(name: str) -> bool:
-    """Whether the configuration of a model on the Hub was fetched before."""
+def find_checkpoint_file(name_or_path: str | os.PathLike, file: str, **kwargs: Any) -> str | None:
+    """
+    The path of a checkpoint's file, fetched where it is on the Hub; `None` where the checkpoint has no such file.
+
+    Args:
+        name_or_path: Folder or Hub name.
+        file (`str`): Its name.
+        kwargs: Those of [`HUB_ARGUMENTS`] that are among them say where the files are.
+    """
     try:
-        return cached_file(name, "config.json", local_files_only=True) is not None
-    except OSError:
-        return False
+        return cached_file(name_or_path, file, **hub_arguments(kwargs))
+    except OSError:  # how transformers says that there is no such file
+        return None
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

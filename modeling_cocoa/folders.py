@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .inputs import CocoaInputError, media_kind
+from .errors import CocoaInputError
+from .media import media_kind
 
 CHUNK = 1024
 """Inputs that are embedded together, which is what an interruption may lose."""
@@ -19,15 +20,20 @@ CHUNK = 1024
 
 def list_images(folder: str | os.PathLike, *, recursive: bool = True) -> tuple[list[Path], str]:
     """
-    The images of a folder, by the endings that Pillow knows (see [`~inputs.media_kind`]).
+    The images of a folder, by the endings that Pillow knows (see [`~media.media_kind`]).
 
     Args:
-        folder (`str` or `os.PathLike`).
+        folder (`str` or `os.PathLike`): Path of the folder.
         recursive (`bool`, defaults to `True`): Those of folders within it too.
 
     Returns:
         The images, sorted; and a sentence that counts the other files by their endings, `""` where there are none.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
     """
+    if not Path(folder).is_dir():
+        raise NotADirectoryError(f"There is no folder {folder}; check the path.")
     files = sorted(path for path in Path(folder).glob("**/*" if recursive else "*") if path.is_file())
     images = [path for path in files if media_kind(path) == "image"]
     return images, describe_left_out(path for path in files if media_kind(path) != "image")
@@ -50,7 +56,7 @@ def encode_readable(
 
     Args:
         encode (`Callable`): Such as [`CocoaTransformer.encode`]; its [`CocoaInputError`] names an input by position.
-        inputs (`Sequence`).
+        inputs (`Sequence`): In any form that `encode` takes.
 
     Yields:
         For each [`CHUNK`]: the positions of inputs that were embedded, their vectors, and by position why others were
@@ -62,18 +68,17 @@ def encode_readable(
         parts: list[np.ndarray] = []
         unreadable: dict[int, str] = {}
         while left:
-            count, rest = len(left), []
             try:
                 vectors = encode([inputs[position] for position in left])
+                readable, left = left, []
             except CocoaInputError as error:
                 if error.position is None:
                     raise
-                count, rest = error.position, left[error.position + 1 :]
-                unreadable[left[count]] = error.reason
-                vectors = encode([inputs[position] for position in left[:count]])  # which can all be read
-            positions += left[:count]
+                unreadable[left[error.position]] = error.reason
+                readable, left = left[: error.position], left[error.position + 1 :]
+                vectors = encode([inputs[position] for position in readable])
+            positions += readable
             parts.append(vectors)
-            left = rest
         yield positions, np.concatenate(parts), unreadable
 
 

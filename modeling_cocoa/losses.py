@@ -1,11 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reconstruction losses, element by element, so that callers can average them by name."""
+"""The losses of reconstruction, element by element and by name."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
+
+from .attention import TARGET
+
+LOSSES = ("text_source", "text_target", "image")
+"""Names of the losses: masked source tokens, masked target tokens, predicted image units."""
+
+
+@dataclass
+class ReconstructionOutput(ModelOutput):
+    """
+    Output of [`CocoaForReconstruction`].
+
+    Args:
+        loss (`Tensor`): `text_source + text_target + image_loss_weight * image`, of those that are present.
+        losses (`dict[str, Tensor]`): Means by name, without weights: `text_source` (masked source tokens),
+            `text_target` (masked target tokens; nats), `image` (squared error of normalised pixels).
+        token_losses, token_predictions (`Tensor` of shape `(masked tokens,)`): Of each masked token, its loss and the
+            likeliest token in its place, in the order of `labels[labels != -100]`.
+        unit_losses (`Tensor` of shape `(predicted units,)`): In the order of `unit_mask.nonzero()`.
+        pixels (`Tensor` of shape `(predicted units, 4 patches, values)`): The rebuilt (normalised) pixels.
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    token_losses: Tensor | None = None
+    token_predictions: Tensor | None = None
+    unit_losses: Tensor | None = None
+    pixels: Tensor | None = None
+
+
+def count_losses(labels: Tensor, segment_ids: Tensor, unit_mask: Tensor | None) -> Tensor:
+    """How many terms each of [`LOSSES`] has in a batch, `(3,)`; arguments as in [`CocoaForReconstruction.forward`]."""
+    masked = labels != -100
+    is_target = segment_ids == TARGET
+    units = torch.zeros((), dtype=torch.long, device=labels.device) if unit_mask is None else unit_mask.sum()
+    return torch.stack([(masked & ~is_target).sum(), (masked & is_target).sum(), units])
 
 
 def _chunk_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

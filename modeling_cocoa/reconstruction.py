@@ -8,26 +8,28 @@ the backbone shares or the generative checkpoint brings).
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .attention import EOS, PADDING, SOURCE, TARGET, attention_mask_for
 from .auto import load_backbone
-from .files import atomic_write
-from .heads import ImageDecoder, find_checkpoint_file, read_lm_head
-from .layers import merged_rotary
-from .losses import masked_token_loss, normalize_patches
+from .checkpoint_files import find_checkpoint_file
+from .image_decoder import ImageDecoder
+from .losses import LOSSES, ReconstructionOutput, count_losses, masked_token_loss, normalize_patches
+from .model_folder import save_folder
 from .packing import pack
 
 logger = logging.getLogger(__name__)
@@ -36,40 +38,6 @@ HEADS_FILE = "reconstruction.safetensors"
 """File beside the weights of a pre-training checkpoint that holds the heads."""
 
 BRIDGES = ("layerwise", "embedding")
-
-LOSSES = ("text_source", "text_target", "image")
-"""Names of the losses: masked source tokens, masked target tokens, predicted image units."""
-
-
-@dataclass
-class ReconstructionOutput(ModelOutput):
-    """
-    Output of [`CocoaForReconstruction`].
-
-    Args:
-        loss (`Tensor`): `text_source + text_target + image_loss_weight * image`, of those that are present.
-        losses (`dict[str, Tensor]`): Means by name, without weights: `text_source` (masked source tokens),
-            `text_target` (masked target tokens; nats), `image` (squared error of normalised pixels).
-        token_losses, token_predictions (`Tensor` of shape `(masked tokens,)`): Of each masked token, its loss and the
-            likeliest token in its place, in the order of `labels[labels != -100]`.
-        unit_losses (`Tensor` of shape `(predicted units,)`): In the order of `unit_mask.nonzero()`.
-        pixels (`Tensor` of shape `(predicted units, 4 patches, values)`): The rebuilt (normalised) pixels.
-    """
-
-    loss: Tensor | None = None
-    losses: dict[str, Tensor] | None = None
-    token_losses: Tensor | None = None
-    token_predictions: Tensor | None = None
-    unit_losses: Tensor | None = None
-    pixels: Tensor | None = None
-
-
-def count_losses(labels: Tensor, segment_ids: Tensor, unit_mask: Tensor | None) -> Tensor:
-    """How many terms each of [`LOSSES`] has in a batch, `(3,)`; arguments as in [`CocoaForReconstruction.forward`]."""
-    masked = labels != -100
-    is_target = segment_ids == TARGET
-    units = torch.zeros((), dtype=torch.long, device=labels.device) if unit_mask is None else unit_mask.sum()
-    return torch.stack([(masked & ~is_target).sum(), (masked & is_target).sum(), units])
 
 
 def resolve_eos_sees_target(bridge: str, eos_sees_target: bool | None) -> bool:
@@ -87,7 +55,29 @@ def resolve_eos_sees_target(bridge: str, eos_sees_target: bool | None) -> bool:
     return bridge == "layerwise" if eos_sees_target is None else eos_sees_target
 
 
-class CocoaForReconstruction(nn.Module):
+def read_lm_head(pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Tensor | None:
+    """
+    The language-model head of a generative checkpoint, read without building the generative model.
+
+    Args:
+        pretrained_model_name_or_path: Folder or Hub name.
+        kwargs: As in [`~checkpoint_files.find_checkpoint_file`].
+
+    Returns:
+        `Tensor` of shape `(vocabulary, hidden)`, or `None` where the checkpoint has none.
+    """
+    find = partial(find_checkpoint_file, pretrained_model_name_or_path, **kwargs)
+    file = find(SAFE_WEIGHTS_NAME)
+    if file is None and (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
+        shard = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].get("lm_head.weight")
+        file = find(shard) if shard else None
+    if file is None:
+        return None
+    with safe_open(file, framework="pt") as weights:
+        return weights.get_tensor("lm_head.weight") if "lm_head.weight" in weights.keys() else None
+
+
+class CocoaForReconstruction(PreTrainedModel):
     """
     A CoCoA backbone with the heads of stages 1 and 2 (CoCoA, arXiv 2603.01471).
 
@@ -100,7 +90,7 @@ class CocoaForReconstruction(nn.Module):
     predicted from the EOS itself. Hidden image units are predicted at their own position.
 
     Args:
-        backbone: [`CocoaQwen2VLModel`] or [`CocoaQwen2_5_VLModel`].
+        backbone ([`CocoaModelMixin`]): One of [`~auto.BACKBONES`].
         lm_head (`Tensor` of shape `(vocabulary, hidden)`, *optional*): The text head; by default the embedding matrix,
             which is the head of a checkpoint with `tie_word_embeddings`.
         bridge (`"layerwise"` or `"embedding"`): How the target reaches its source: by attending to the EOS in every
@@ -116,6 +106,12 @@ class CocoaForReconstruction(nn.Module):
             does not fit the embedding matrix.
     """
 
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    # Whatever the backbone attends with: it has checked that when it was made.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
     def __init__(
         self,
         backbone: PreTrainedModel,
@@ -126,7 +122,7 @@ class CocoaForReconstruction(nn.Module):
         image_loss_weight: float = 0.5,
         normalize_pixels: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(backbone.config)
         if bridge not in BRIDGES:
             raise ValueError(f"bridge must be one of {BRIDGES}; got {bridge!r}.")
         self.model = backbone
@@ -147,16 +143,27 @@ class CocoaForReconstruction(nn.Module):
         self.unit_mask_embedding = nn.Parameter(torch.empty(hidden_size))
         self.image_decoder = ImageDecoder(backbone)
         self.bridge_projection = nn.Linear(hidden_size, hidden_size) if bridge == "embedding" else None
-        self._initialize_heads(embeddings)
+        self.post_init()
         # New heads learn by small steps, which half precision loses, whatever the backbone is in.
         self.to(device=embeddings.device)
 
+    def get_input_embeddings(self) -> None:
+        """
+        None: they are the backbone's. The text head reads its weights outside of a module's forward pass, so FSDP must
+        not shard embeddings or head by themselves, which it does with those that a model names.
+        """
+
+    def get_output_embeddings(self) -> None:
+        """None; see [`~CocoaForReconstruction.get_input_embeddings`]."""
+
     @torch.no_grad()
-    def _initialize_heads(self, embeddings: Tensor) -> None:
+    def init_weights(self) -> None:
+        """Initialize the heads; the backbone has its weights, and may have adapters."""
         self.unit_mask_embedding.normal_(std=self.config.get_text_config().initializer_range)
         self._initialize_decoder(self.image_decoder)
         if self.bridge_projection is not None:
             # The bridge token starts as the embedding itself, as long as a word's embedding is on average.
+            embeddings = self.model.get_input_embeddings().weight
             self.bridge_projection.weight.copy_(torch.eye(embeddings.shape[1]) * embeddings.norm(dim=-1).mean())
             self.bridge_projection.bias.zero_()
 
@@ -181,16 +188,6 @@ class CocoaForReconstruction(nn.Module):
         finally:
             self.image_decoder = trained
 
-    @property
-    def config(self) -> Any:
-        """The backbone's configuration."""
-        return self.model.config
-
-    @property
-    def _no_split_modules(self) -> set[str]:
-        """Where sharding finds the layers' names."""
-        return self.model._no_split_modules
-
     @classmethod
     def from_pretrained(
         cls,
@@ -203,36 +200,36 @@ class CocoaForReconstruction(nn.Module):
         **kwargs: Any,
     ) -> CocoaForReconstruction:
         """
-        Load a generative Qwen2-VL / Qwen2.5-VL checkpoint (new heads), or the checkpoint of an earlier pre-training
+        Load a generative Qwen-VL checkpoint (new heads), or the checkpoint of an earlier pre-training
         run (its heads; those of another bridge start anew).
 
         Args:
             pretrained_model_name_or_path: Folder or Hub name.
-            bridge, eos_sees_target, image_loss_weight, normalize_pixels: As in the class.
+            bridge (`str`, defaults to `"layerwise"`): As in the class, and so the next three.
+            eos_sees_target (`bool`, *optional*): As in the class.
+            image_loss_weight (`float`, defaults to 0.5): As in the class.
+            normalize_pixels (`bool`, defaults to `True`): As in the class.
             kwargs: For the backbone's `from_pretrained`.
 
         Raises:
             ValueError: the checkpoint has no text head: neither tied embeddings, nor `lm_head`, nor saved heads.
         """
-        backbone = load_backbone(pretrained_model_name_or_path, **kwargs)
-        lm_head = (
-            None if backbone.config.tie_word_embeddings else read_lm_head(pretrained_model_name_or_path, **kwargs)
-        )
-        heads_file = find_checkpoint_file(pretrained_model_name_or_path, HEADS_FILE, **kwargs)
+        name = pretrained_model_name_or_path
+        backbone = load_backbone(name, **kwargs)
+        heads_file = find_checkpoint_file(name, HEADS_FILE, **kwargs)
         heads = {} if heads_file is None else load_file(heads_file)
         if not heads and backbone.cocoa.mask_token_id is not None:
             logger.warning(
-                "%s was pre-trained, but there is no %s with it (or it could not be fetched): new heads begin at "
-                "random.",
-                pretrained_model_name_or_path,
-                HEADS_FILE,
+                "Starting new reconstruction heads: %s has no %s (or it could not be fetched).", name, HEADS_FILE
             )
-        lm_head = heads.get("lm_head.weight", lm_head)
+        lm_head = heads.get("lm_head.weight")
         if lm_head is None and not backbone.config.tie_word_embeddings:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} has no text head: start from the generative checkpoint, or from a "
-                f"pre-training checkpoint, which keeps its heads in {HEADS_FILE}."
-            )
+            lm_head = read_lm_head(name, **kwargs)
+            if lm_head is None:
+                raise ValueError(
+                    f"{name} has no text head: start from the generative checkpoint, or from a pre-training "
+                    f"checkpoint, which keeps its heads in {HEADS_FILE}."
+                )
         model = cls(
             backbone,
             lm_head=lm_head,
@@ -266,23 +263,38 @@ class CocoaForReconstruction(nn.Module):
 
     def save_heads(self, folder: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """
-        Write the heads beside a backbone's weights, whole or not at all.
+        Write the heads beside a backbone's weights; [`~CocoaForReconstruction.save_pretrained`] writes both.
 
         Args:
             folder (`str` or `os.PathLike`): The backbone's.
             state_dict (`Mapping[str, Tensor]`, *optional*): The model's weights, where it holds parts of them only.
         """
         heads = {name: value.contiguous() for name, value in self.heads_state_dict(state_dict).items()}
-        with atomic_write(Path(folder) / HEADS_FILE) as path:
-            save_file(heads, path)
+        save_file(heads, Path(folder) / HEADS_FILE)
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
-        """Trade computation for memory in the backbone, whose arguments these are."""
-        self.model.gradient_checkpointing_enable(**kwargs)
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        processor: Any = None,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Write the backbone's folder, which every loader of embedding models takes, with the heads in it.
 
-    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        """What later versions of transformers call [`~CocoaForReconstruction.gradient_checkpointing_enable`]."""
-        self.model.activation_checkpointing_enable(**kwargs)
+        Args:
+            save_directory (`str` or `os.PathLike`): Where to.
+            processor ([`CocoaProcessor`], *optional*): Saved with the model.
+            state_dict (`Mapping[str, Tensor]`, *optional*): The model's weights, where it holds parts of them only.
+            kwargs: Others of [`~model_folder.save_folder`], such as `push_to_hub` and `repo_id`.
+        """
+        if state_dict is not None:
+            prefix = f"{self.base_model_prefix}."
+            weights = {name: value for name, value in state_dict.items() if name.startswith(prefix)}
+            kwargs["state_dict"] = {name.removeprefix(prefix): value for name, value in weights.items()}
+        write_heads = partial(self.save_heads, state_dict=state_dict)
+        save_folder(self.model, save_directory, processor=processor, complete=write_heads, **kwargs)
 
     def forward(
         self,
@@ -306,7 +318,7 @@ class CocoaForReconstruction(nn.Module):
             labels (`Tensor` of shape `(batch, tokens)`): The hidden tokens in their own places, -100 elsewhere.
             pixel_values (`Tensor` of shape `(patches, values)`): Of all images, in the order of their tokens; what the
                 vision tower sees, so with hidden patches already replaced. Those of target images are not read.
-            image_grid_thw (`Tensor` of shape `(images, 3)`).
+            image_grid_thw (`Tensor` of shape `(images, 3)`): Patches of each image in time, height and width.
             pixel_labels (`Tensor` of shape `(patches, values)`): The pixels as they were.
             unit_mask (`Tensor` of bool, shape `(units,)`): Units (of all images) to predict.
             image_is_target (`Tensor` of bool, shape `(images,)`): Images of the target segment, whose units carry the
@@ -330,16 +342,17 @@ class CocoaForReconstruction(nn.Module):
         if use_all_parameters and reads_no_image:
             # Into the inputs, as an image's features go: the backward pass has the order of one with images.
             inputs_embeds = inputs_embeds + (0.0 * backbone.dummy_vision_sum()).to(inputs_embeds)
+        images: dict[str, Tensor] = {}
         if pixel_values is not None:
-            features = self._image_features(pixel_values, image_grid_thw, image_is_target).to(inputs_embeds)
-            inputs_embeds = inputs_embeds.masked_scatter(image_tokens[..., None], features)
+            features = self._image_features(pixel_values, image_grid_thw, image_is_target)
+            images = {"is_visual": image_tokens, "features": features}
         positions = backbone.mrope_positions(input_ids, attention_mask, image_grid_thw)
 
         attention = self._attention(segment_ids, inputs_embeds.dtype)
         if self.bridge == "embedding" and bool((segment_ids == TARGET).any()):
-            hidden = self._two_passes(inputs_embeds, positions, segment_ids)
+            hidden = self._two_passes(inputs_embeds, positions, segment_ids, images)
         else:
-            hidden = self._read(inputs_embeds, positions, attention)
+            hidden = self._read(inputs_embeds, positions, attention, images)
 
         output = ReconstructionOutput(losses={})
         own_counts = count_losses(labels, segment_ids, unit_mask)
@@ -400,10 +413,7 @@ class CocoaForReconstruction(nn.Module):
         hidden = hidden.to(dtype)
         if (mask := attention.get("attention_mask")) is not None and mask.dtype != dtype:
             attention = {"attention_mask": mask.to(dtype).masked_fill(mask < 0, torch.finfo(dtype).min)}
-        if "packing" in attention:
-            rotary = merged_rotary(language_model, hidden, positions)
-        else:
-            rotary = language_model.rotary_emb(hidden, positions)
+        rotary = language_model.rotary_emb(hidden, positions)
         return self.image_decoder(hidden, rotary, units, **attention)
 
     def _image_features(self, pixel_values: Tensor, image_grid_thw: Tensor, image_is_target: Tensor | None) -> Tensor:
@@ -416,44 +426,42 @@ class CocoaForReconstruction(nn.Module):
         features = self.unit_mask_embedding.expand(pixel_values.shape[0] // merge, -1)
         if bool((~image_is_target).any()):
             seen = self.model.encode_images(pixel_values[~target_patches], image_grid_thw[~image_is_target])
-            features = features.clone()
-            features[~target_patches[::merge]] = torch.cat(seen).to(features.dtype)
+            seen = torch.cat(seen).to(features.dtype)
+            # Deeper features, which Qwen3-VL adds to its first layers, are zero where there is no image to see.
+            features = nn.functional.pad(features, (0, seen.shape[-1] - features.shape[-1])).clone()
+            features[~target_patches[::merge]] = seen
         return features
 
     def _attention(self, segment_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
         """How layers are told who sees whom: a packing, or for eager attention on the padded batch a dense mask."""
-        implementation = self.model.language_model.config._attn_implementation
-        if implementation == "eager":
-            mask = attention_mask_for(implementation, segment_ids, None, dtype, self.eos_sees_target)
+        if self.model.attention == "eager":
+            mask = attention_mask_for("eager", segment_ids, None, dtype, self.eos_sees_target)
             return {"attention_mask": mask}
-        return {"packing": pack(segment_ids, self.eos_sees_target)}
+        return {"packing": pack(segment_ids, self.eos_sees_target), "implementation": self.model.attention}
 
-    def _read(self, inputs_embeds: Tensor, positions: Tensor, attention: dict[str, Any]) -> Tensor:
+    def _read(
+        self, inputs_embeds: Tensor, positions: Tensor, attention: dict[str, Any], images: dict[str, Tensor]
+    ) -> Tensor:
         """Final hidden states of rows under collaborative attention; of padding, they mean nothing."""
         if (packing := attention.get("packing")) is not None:
             packed = inputs_embeds.flatten(0, 1).index_select(0, packing.index)
-            hidden = self.model.run_layers(packed, positions.flatten(1)[:, packing.index], packing)
+            hidden = self.model.run_packed(packed, positions, packing, **images)
             return packing.to(hidden.device).unpack(hidden, inputs_embeds.shape[:2])
-        language_model = self.model.language_model
-        mask = attention["attention_mask"]
-        return language_model(
-            inputs_embeds=inputs_embeds,
-            position_ids=positions,
-            attention_mask=dict.fromkeys(set(language_model.config.layer_types), mask),
-            use_cache=False,
-        ).last_hidden_state
+        return self.model.run_padded(inputs_embeds, positions, attention["attention_mask"], **images)
 
-    def _two_passes(self, inputs_embeds: Tensor, positions: Tensor, segment_ids: Tensor) -> Tensor:
+    def _two_passes(
+        self, inputs_embeds: Tensor, positions: Tensor, segment_ids: Tensor, images: dict[str, Tensor]
+    ) -> Tensor:
         """The `embedding` bridge: read source and EOS; then the target beside a token made from the embedding."""
         is_eos, is_target = segment_ids == EOS, segment_ids == TARGET
         dtype, is_source = inputs_embeds.dtype, segment_ids == SOURCE
         first = self._read(
-            inputs_embeds, positions, self._attention(segment_ids.masked_fill(is_target, PADDING), dtype)
+            inputs_embeds, positions, self._attention(segment_ids.masked_fill(is_target, PADDING), dtype), images
         )
         embeddings = nn.functional.normalize(first[is_eos], dim=-1)
         bridge_tokens = self.bridge_projection(embeddings.to(self.bridge_projection.weight.dtype)).to(inputs_embeds)
         second_embeds = inputs_embeds.masked_scatter(is_eos[..., None], bridge_tokens)
         second = self._read(
-            second_embeds, positions, self._attention(segment_ids.masked_fill(is_source, PADDING), dtype)
+            second_embeds, positions, self._attention(segment_ids.masked_fill(is_source, PADDING), dtype), images
         )
         return torch.where((is_eos | is_target)[..., None], second, first)

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,32 +18,31 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .auto import load_backbone
+from .checkpoint_files import find_checkpoint_file
 from .encoding import encode_inputs
 from .inputs import CocoaInputError
+from .model_folder import SETTINGS_FILE, check_image_processor
 from .modeling_cocoa import CocoaModelMixin
 from .processing_cocoa import CocoaProcessor
 
-MODEL_INPUTS = (
-    "input_ids",
-    "attention_mask",
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_values_videos",
-    "video_grid_thw",
-    "mm_token_type_ids",
-    "second_per_grid_ts",
-)
-"""What the model takes of the features."""
+
+def read_settings(name: str | os.PathLike, **options: str) -> dict[str, Any]:
+    """
+    What sentence-transformers keeps of a checkpoint beside its modules (prompts, `truncate_dim`, ...); empty where it
+    keeps nothing.
+
+    Args:
+        name (`str` or `os.PathLike`): Folder or Hub name.
+        options: Those of `from_pretrained` that say where the files are, such as `revision`.
+    """
+    file = find_checkpoint_file(name, SETTINGS_FILE, **options)
+    return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
 class Features(dict):
     """
     Features of a batch whose `token_embeddings` are computed when they are asked for: a vector needs only the last
     token's, and with those alone the last layer is nearly free. A copy (accelerate makes one under autocast) has none.
-
-    Args:
-        values (`dict`).
-        token_embeddings (`Callable`, *optional*): Computes them.
     """
 
     def __init__(self, values: Mapping[str, Any], token_embeddings: Callable[[], Tensor] | None = None) -> None:
@@ -71,10 +73,12 @@ class CocoaTransformer(InputModule):
     one call, drops keys that are None, keeps the order of text and image fixed, and says which input is wrong.
 
     Args:
-        model_name_or_path (`str`, `os.PathLike` or a CoCoA backbone): A CoCoA or a generative Qwen2-VL / Qwen2.5-VL
+        model_name_or_path (`str`, `os.PathLike` or a CoCoA backbone): A CoCoA or a generative Qwen-VL
             checkpoint, or a backbone in memory, which then needs its `processor`.
         processor ([`CocoaProcessor`], *optional*): By default the checkpoint's.
-        min_pixels, max_pixels, max_length (`int`, *optional*): Sizes of the checkpoint's processor to change.
+        min_pixels (`int`, *optional*): Changes this size of the checkpoint's processor; so do the next two.
+        max_pixels (`int`, *optional*): See [`CocoaProcessor`].
+        max_length (`int`, *optional*): See [`CocoaProcessor`].
         model_kwargs (`dict`, *optional*): For the backbone's `from_pretrained` (`dtype`, `attn_implementation`, ...).
         processor_kwargs (`dict`, *optional*): For [`CocoaProcessor.from_pretrained`].
 
@@ -108,11 +112,16 @@ class CocoaTransformer(InputModule):
             if processor is None:
                 raise ValueError("Give `processor` (a CocoaProcessor) together with a backbone in memory.")
             self.model = model_name_or_path
+            settings: dict[str, Any] = {}
         else:
             self.model = load_backbone(model_name_or_path, **(model_kwargs or {}))
+            settings = read_settings(model_name_or_path, **(model_kwargs or {}))
+        self.prompts: dict[str, str] = settings.get("prompts") or {}
+        """The checkpoint's prompts, by name; none of a backbone in memory."""
         if processor is None:
             options = {**sizes, **(processor_kwargs or {})}
             processor = CocoaProcessor.from_pretrained(model_name_or_path, **options)
+        check_image_processor(self.model, processor)
         self.processor = processor
         self.use_all_parameters = False
         """Let the vision tower take part in batches without images too, with a gradient of zero: processes that train
@@ -149,7 +158,7 @@ class CocoaTransformer(InputModule):
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """
         Args:
-            inputs (`Sequence`): As in [`CocoaProcessor.encode`].
+            inputs (`Sequence`): As in [`CocoaProcessor.preprocess`].
             prompt (`str`, *optional*): Instruction, put in front of each input as a system message.
             kwargs: `max_length` (`int`, *optional*) for these inputs; the rest of what sentence-transformers passes
                 (`task`) has no bearing here.
@@ -188,9 +197,8 @@ class CocoaTransformer(InputModule):
         What is not on the model's device yet is brought there, so that pixels may wait on the CPU for their turn.
         """
         device = self.model.device
-        inputs: dict[str, Tensor] = {
-            name: features[name].to(device, non_blocking=True) for name in MODEL_INPUTS if name in features
-        }
+        names = features.keys() & set(self.processor.model_input_names)
+        inputs: dict[str, Tensor] = {name: features[name].to(device, non_blocking=True) for name in names}
         if "second_per_grid_ts" in inputs:
             seconds, videos = inputs.pop("second_per_grid_ts"), features["num_videos_per_sample"]
             if "video_grid_thw" in inputs:
@@ -209,29 +217,53 @@ class CocoaTransformer(InputModule):
         inputs: Iterable[Any],
         *,
         prompt: str | None = None,
-        batch_tokens: int | None = None,
+        prompt_name: str | None = None,
+        batch_num_tokens: int | None = None,
         batch_size: int | None = None,
         show_progress_bar: bool = False,
+        batch_tokens: int | None = None,
     ) -> np.ndarray:
         """
         The fastest way to embed many inputs, on the device that the module is on; see [`~encoding.encode_inputs`] for
-        the arguments. Prompts that a folder keeps by name belong to `SentenceTransformer`; give `prompt` here.
+        the other arguments. `batch_tokens` is the former name of `batch_num_tokens`, for one release.
+
+        A model that was trained with prompts needs them: `prompt_name="query"` for what searches, `"document"` for
+        what is searched. Without `prompt` and `prompt_name` nothing is put in front.
+
+        Args:
+            prompt (`str`, *optional*): Instruction, put in front of each input.
+            prompt_name (`str`, *optional*): One of the checkpoint's `prompts`, in place of `prompt`.
 
         Returns:
             `np.ndarray` of shape `(inputs, hidden)`, float32: unit vectors.
+
+        Raises:
+            ValueError: there is no prompt of this name, or `prompt` was given too.
+            CocoaInputError: an input cannot be encoded; names its position.
         """
+        if prompt_name is not None:
+            if prompt is not None:
+                raise ValueError("Set either prompt or prompt_name, not both.")
+            if prompt_name not in self.prompts:
+                raise ValueError(
+                    f"There is no prompt {prompt_name!r}; this model's prompts are {sorted(self.prompts)}."
+                )
+            prompt = self.prompts[prompt_name] or None
+        if batch_tokens is not None:
+            warnings.warn("batch_tokens is now called batch_num_tokens.", FutureWarning, stacklevel=2)
+            batch_num_tokens = batch_tokens
         return encode_inputs(
             self.model,
             self.processor,
             inputs,
             prompt=prompt,
-            batch_tokens=batch_tokens,
+            batch_num_tokens=batch_num_tokens,
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
         ).numpy()
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Write weights, configuration, code and processor; `save_cocoa` writes the folder around them."""
+        """Write weights, configuration, code and processor into the folder that sentence-transformers is saving."""
         self.model.save_pretrained(output_path)
         self.processor.save_pretrained(output_path)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small real models of both backbones, shared by all tests."""
+"""Small real models of every backbone, shared by all tests."""
 
 from __future__ import annotations
 
@@ -23,10 +23,14 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLModel,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
 )
 
 from modeling_cocoa.modeling_cocoa_qwen2_5_vl import CocoaQwen2_5_VLModel
 from modeling_cocoa.modeling_cocoa_qwen2_vl import CocoaQwen2VLModel
+from modeling_cocoa.modeling_cocoa_qwen3_vl import CocoaQwen3VLModel
 
 VOCAB, EOS_ID, MASK_ID, PAD_ID = 300, 295, 296, 297
 IMAGE_ID, VIDEO_ID, VISION_START_ID, VISION_END_ID = 290, 291, 292, 293
@@ -38,6 +42,7 @@ CLASSES = {
         Qwen2_5_VLModel,
         Qwen2_5_VLForConditionalGeneration,
     ),
+    "qwen3_vl": (Qwen3VLConfig, CocoaQwen3VLModel, Qwen3VLModel, Qwen3VLForConditionalGeneration),
 }
 TEXT = {
     "vocab_size": VOCAB,
@@ -61,13 +66,22 @@ VISION = {
         "window_size": 32,
         "fullatt_block_indexes": [1],
     },
+    "qwen3_vl": {
+        "hidden_size": 32,
+        "out_hidden_size": 64,
+        "intermediate_size": 64,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    },
 }
+HEAD_DIM = {"qwen3_vl": {"head_dim": 16}}
+"""The others divide the hidden size by the heads."""
 
 
 def tiny_config(model_type: str):
     """A configuration of a few thousand parameters, built from nothing."""
     return CLASSES[model_type][0](
-        text_config=dict(TEXT),
+        text_config={**TEXT, **HEAD_DIM.get(model_type, {})},
         vision_config={"depth": 2, "num_heads": 2, "patch_size": 8, **VISION[model_type]},
         image_token_id=IMAGE_ID,
         video_token_id=VIDEO_ID,

@@ -3,19 +3,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
 
+from modeling_cocoa.checkpoint_files import find_checkpoint_file
+
 from .base import SharedOptions
 
 SMALLEST_TEMPERATURE = 0.01
-"""Of a learned one; as in CLIP (arXiv 2103.00020, section 2.5)."""
+"""The least that a learned one becomes; as in CLIP (arXiv 2103.00020, section 2.5)."""
 
 
 MINI_BATCH_SIZE = 8
 """Inputs at a time, where a step is not bounded by tokens."""
+
+DISTILLATION_WEIGHT = 0.5
+"""Default weight of the distillation loss."""
 
 
 @dataclass
@@ -32,9 +39,6 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
         ValueError: an option is out of range; says which, and the range.
     """
 
-    learning_rate: float = field(
-        default=2e-5, metadata={"help": "Peak learning rate of AdamW (CoCoA's authors: 2e-5, with DoRA adapters)."}
-    )
     warmup_steps: float = field(
         default=0.1,
         metadata={"help": "Steps of linear warm-up; below 1, their share of all steps (authors: 200 of 2,000)."},
@@ -42,7 +46,6 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
     per_device_train_batch_size: int = field(
         default=128, metadata={"help": "Pairs a device and step (authors: 128 on each of eight)."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
 
     temperature: float = field(
         default=0.02, metadata={"help": "Cosines are divided by this before the softmax (authors: 0.02)."}
@@ -60,11 +63,23 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
     matryoshka_dims: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Train these first numbers of the vectors to serve alone (Matryoshka); the whole length too."
+            "help": "Train these first numbers of the vectors to serve alone (Matryoshka), the full size among them."
         },
     )
     matryoshka_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of the loss at each of `matryoshka_dims`; 1 by default."}
+    )
+
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name or folder of a model of sentence-transformers, whose similarities within a batch the model "
+            "learns beside the contrastive loss (distillation). It may read texts alone."
+        },
+    )
+    distillation_weight: float = field(
+        default=DISTILLATION_WEIGHT,
+        metadata={"help": "What the distillation loss is multiplied by before it is added to the contrastive one."},
     )
 
     mini_batch_size: int | None = field(
@@ -135,7 +150,7 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
     )
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Stop after so many evaluations without a better `metric_for_best_model`."},
+        metadata={"help": "Stop after this many evaluations without a better `metric_for_best_model`."},
     )
 
     def __post_init__(self) -> None:
@@ -146,6 +161,8 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
                 f"A learned temperature is never below {SMALLEST_TEMPERATURE}, where it would begin; got "
                 f"{self.temperature}."
             )
+        if not 0 < self.distillation_weight < math.inf:
+            raise ValueError(f"distillation_weight must be above 0; got {self.distillation_weight}.")
         for name in ("mini_batch_size", "mini_batch_num_tokens", "early_stopping_patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}.")
@@ -154,7 +171,7 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
         if self.mini_batch_num_tokens is not None and self.mini_batch_size == MINI_BATCH_SIZE:
             self.mini_batch_size = None
         if self.mini_batch_size is not None and self.mini_batch_num_tokens is not None:
-            raise ValueError("mini_batch_size and mini_batch_num_tokens say the same; give one of them.")
+            raise ValueError("Set either mini_batch_size or mini_batch_num_tokens, not both.")
         self._check_matryoshka()
         for name in ("symmetric", "learnable_temperature"):
             if self.false_negative_margin is not None and getattr(self, name):
@@ -162,14 +179,19 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
         if self.sampling_alpha < 0:
             raise ValueError(f"sampling_alpha must be 0 or more; got {self.sampling_alpha}.")
         if (self.query_prompt is not None or self.target_prompt is not None) and self.prompts:
-            raise ValueError("prompts and query_prompt or target_prompt say the same; give one of them.")
+            raise ValueError("Set either prompts or query_prompt and target_prompt, not both.")
         if self.learnable_temperature:
             self.learning_rate_mapping = {"log_scale": 1e-3, **(self.learning_rate_mapping or {})}
         if self.no_duplicates:
+            if self.batch_sampler not in (BatchSamplers.BATCH_SAMPLER, BatchSamplers.NO_DUPLICATES_HASHED):
+                raise ValueError("no_duplicates=True has a batch_sampler of its own; give one of them.")
             self.batch_sampler = BatchSamplers.NO_DUPLICATES_HASHED
         super().__post_init__()
-        if self.multi_dataset_batch_sampler != MultiDatasetBatchSamplers.PROPORTIONAL:
-            raise ValueError("Datasets are drawn as sampling_alpha says; leave multi_dataset_batch_sampler as it is.")
+        if self.multi_dataset_batch_sampler == MultiDatasetBatchSamplers.ROUND_ROBIN:
+            raise ValueError(
+                "Datasets are drawn as sampling_alpha says; leave multi_dataset_batch_sampler as it is, or give a "
+                "callable that makes another sampler."
+            )
         if self.early_stopping_patience is not None:
             if not self.load_best_model_at_end:
                 raise ValueError("early_stopping_patience needs load_best_model_at_end=True, and evaluations.")
@@ -183,3 +205,27 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
             raise ValueError(f"matryoshka_weights needs a number for each of matryoshka_dims ({dims}); got {weights}.")
         if weights is not None and self.learnable_temperature:
             raise ValueError("learnable_temperature cannot go with matryoshka_weights; leave the weights at 1.")
+
+
+def check_teacher(args: CocoaContrastiveConfig, teacher: Any = None) -> None:
+    """
+    Check the teacher, without loading it.
+
+    Args:
+        args ([`CocoaContrastiveConfig`]).
+        teacher (*optional*): The one in memory that a trainer was given.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: there are two teachers, or a weight without one.
+    """
+    if teacher is not None and args.teacher is not None:
+        raise ValueError(f"One teacher was given, and args.teacher is {args.teacher!r}; leave one of them out.")
+    if teacher is None and args.teacher is None and args.distillation_weight != DISTILLATION_WEIGHT:
+        raise ValueError(f"distillation_weight is {args.distillation_weight}, and there is no teacher; give one.")
+    files = ("modules.json", "config.json")
+    if args.teacher is not None and not any(find_checkpoint_file(args.teacher, file) for file in files):
+        raise FileNotFoundError(
+            f"teacher: {args.teacher} is neither the folder of a model nor a name, owner/name, that can be had from "
+            "the Hub; check it."
+        )

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from sentence_transformers.sentence_transformer.losses import (
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
+from sentence_transformers.util import all_gather, all_gather_with_grad
 from torch import Tensor, nn
 
 from modeling_cocoa.files import atomic_write
@@ -33,7 +36,24 @@ TIE = 1e-6
 """Cosines that differ by less count as equal."""
 
 
-def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -> nn.Module:
+OPTIONS = (
+    "temperature",
+    "learnable_temperature",
+    "symmetric",
+    "matryoshka_dims",
+    "matryoshka_weights",
+    "mini_batch_size",
+    "mini_batch_num_tokens",
+    "false_negative_margin",
+    "teacher",
+    "distillation_weight",
+)
+"""Settings of the loss."""
+
+
+def contrastive_loss(
+    model: SentenceTransformer, args: CocoaContrastiveConfig, distillation: Distillation | None = None
+) -> nn.Module:
     """
     InfoNCE of queries and targets, `-log(exp(s+ / t) / sum(exp(s / t)))` with cosines `s` (arXiv 1807.03748).
 
@@ -44,6 +64,7 @@ def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -
     Args:
         model ([`~sentence_transformers.SentenceTransformer`]).
         args ([`CocoaContrastiveConfig`]).
+        distillation ([`Distillation`], *optional*): What is added, at each length of the vectors.
 
     Raises:
         ValueError: `matryoshka_dims` lack the length of the model's vectors, or one is more than that.
@@ -64,13 +85,98 @@ def contrastive_loss(model: SentenceTransformer, args: CocoaContrastiveConfig) -
         if args.symmetric:
             options.update(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")
         loss = (CachedMultipleNegativesRankingLoss if cached else MultipleNegativesRankingLoss)(model, **options)
+    if distillation is not None:
+        distillation.add_to(loss)
     if args.matryoshka_dims is not None:
         if (whole := model.get_embedding_dimension()) not in args.matryoshka_dims:
-            raise ValueError(f"matryoshka_dims must have the whole length {whole} too; got {args.matryoshka_dims}.")
+            raise ValueError(f"matryoshka_dims must include the full size, {whole}; got {args.matryoshka_dims}.")
         loss = MatryoshkaLoss(model, loss, args.matryoshka_dims, args.matryoshka_weights)
     if args.learnable_temperature:
         loss = LearnedTemperatureLoss(loss, args.temperature)
     return loss
+
+
+def check_own_loss(args: CocoaContrastiveConfig, teacher: SentenceTransformer | None = None) -> None:
+    """Raise `ValueError` where options or a teacher describe a loss, and another one was given."""
+    if teacher is not None:
+        raise ValueError("A teacher adds to the trainer's own loss, and another loss was given: leave one out.")
+    if changed := [
+        item.name for item in fields(args) if item.name in OPTIONS and getattr(args, item.name) != item.default
+    ]:
+        raise ValueError(f"{changed} describe the trainer's own loss, and another loss was given: set them there.")
+
+
+class Distillation:
+    """
+    What makes the cosines of queries and documents within a batch follow those of a teacher.
+
+    For the query of each row, `KL(softmax(teacher / t) || softmax(student / t))` over the positives and negatives of
+    the batch, that is InfoNCE with the teacher's probabilities as soft labels, less their entropy. It is the
+    contrastive relational distillation of CLIP-KD (arXiv 2307.12732), from queries to documents. Both have the
+    temperature of the contrastive loss, and not its learned one, which would move the goal.
+    `DistillKLDivLoss` takes a row's own candidates alone, and multiplies by `t ** 2`, here 4e-4.
+
+    Queries and documents without a vector of the teacher are left out; the sum of the rows is divided by all rows, so
+    that any number of processes gives the gradients of one.
+
+    Args:
+        vectors (`Tensor` of shape `(inputs, teacher's hidden)`): Unit vectors, which labels of shape `(batch, columns,
+            1)` number; -1 is no vector.
+        args ([`CocoaContrastiveConfig`]): Of its `distillation_weight`, `temperature` and `gather_across_devices`.
+    """
+
+    def __init__(self, vectors: Tensor, args: CocoaContrastiveConfig) -> None:
+        self.vectors = vectors
+        self.args = args
+        self._labels: Tensor = torch.empty(0)
+        self._terms: list[Tensor] = []
+
+    def add_to(self, loss: nn.Module) -> None:
+        """Add its part to one of sentence-transformers' in-batch losses, as `MatryoshkaLoss` changes them."""
+        # Some losses do not hand the labels on to what computes them from vectors.
+        loss.register_forward_pre_hook(lambda module, arguments: setattr(self, "_labels", arguments[1][..., 0]))
+        name = "calculate_loss" if uses_gradient_cache(loss) else "compute_loss_from_embeddings"
+        setattr(loss, name, partial(self._with_term, getattr(loss, name)))
+
+    def take(self) -> Tensor:
+        """The part without its weight since this was last called, the mean of all lengths of the vectors."""
+        value = torch.stack(self._terms).mean()
+        self._terms.clear()
+        return value
+
+    def __call__(self, columns: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """
+        The divergence of a batch, without its weight.
+
+        Args:
+            columns (`Sequence[Tensor]`): The model's vectors of queries, positives and negatives, `(batch, hidden)`.
+            labels (`Tensor` of shape `(batch, columns)`): Positions of the teacher's.
+        """
+        queries, *documents = (column.to(torch.promote_types(column.dtype, torch.float32)) for column in columns)
+        all_labels = labels
+        if self.args.gather_across_devices:
+            documents, all_labels = [all_gather_with_grad(part) for part in documents], all_gather(labels)
+        asked, candidates = labels[:, 0], all_labels[:, 1:].T.flatten()
+        asked_known, known = asked >= 0, candidates >= 0
+        teacher = [self.vectors[part.cpu()].to(queries) for part in (asked[asked_known], candidates[known])]
+        with torch.autocast(queries.device.type, enabled=False):  # in bfloat16 cosines have three digits
+            student = [nn.functional.normalize(part) for part in (queries[asked_known], torch.cat(documents)[known])]
+            found, wanted = (
+                (ask @ answer.T / self.args.temperature).log_softmax(1) for ask, answer in (student, teacher)
+            )
+        return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / len(queries)
+
+    def _with_term(self, calculate: Callable[..., Tensor], columns: list[Any], *args: Any, **kwargs: Any) -> Tensor:
+        """What `calculate` gives, and the part for the same vectors; mini-batches of them in a cached loss."""
+        loss = calculate(columns, *args, **kwargs)
+        whole = [column if isinstance(column, Tensor) else torch.cat(column) for column in columns]
+        term = self(whole, self._labels)
+        self._terms.append(term.detach())
+        term = self.args.distillation_weight * term
+        if kwargs.get("with_backward"):  # a cached loss makes its own, see LearnedTemperatureLoss
+            term.backward()
+            term = term.detach()
+        return loss + term
 
 
 class Guide(nn.Module):

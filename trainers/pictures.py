@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model rebuilds, to look at: a grid of pictures, and the texts."""
+"""What a model rebuilds, to look at: a grid of images, and the texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from modeling_cocoa.attention import TARGET
@@ -16,17 +16,17 @@ from modeling_cocoa.files import atomic_write
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.reconstruction import ReconstructionOutput
 
-from .collators import rows_of_units
-from .masking import IGNORE_INDEX
+from .data.collators import rows_of_units
+from .data.masking import IGNORE_INDEX
 
 COLUMNS = ("original", "what was masked", "rebuilt", "untrained decoder")
 """The last one where it is known what an untrained decoder makes of the same states."""
 SIDE = 128
-"""Pixels to which the longer side of a picture is scaled."""
+"""Pixels to which the longer side of an image is scaled."""
 LINE = 18
 """Pixels of a line of writing."""
 GREY = 0.5
-"""Of masked patches, on a scale from 0 to 1."""
+"""Value of masked patches, on a scale from 0 to 1."""
 CONTRAST = 0.2
 """On the same scale, what one standard deviation of a patch is drawn as where the model predicts only its pattern."""
 FOOTNOTE = "Only the pattern of each patch is predicted: drawn around grey, at one contrast."
@@ -43,15 +43,10 @@ def draw_pictures(
     untrained: Tensor | None = None,
 ) -> Image.Image | None:
     """
-    A grid of the pictures of a batch that were masked: original, what was masked, rebuilt. `None` where there is none.
+    A grid of the images of a batch that were masked: original, what was masked, rebuilt. `None` where there is none.
 
-    Args:
-        batch (`Mapping`): From [`ReconstructionCollator`].
-        output ([`ReconstructionOutput`]): Of the model for this batch.
-        processor ([`CocoaProcessor`]): Says how pixels were normalised.
-        normalized (`bool`): The model predicts patches at zero mean and unit variance; see [`split_rows`].
-        untrained (`Tensor`, *optional*): Like `output.pixels`, what an untrained decoder makes of the same states; for
-            a fourth column.
+    `normalized` says that the model predicts patches at zero mean and unit variance; see [`split_rows`]. `untrained`,
+    like `output.pixels`, is what an untrained decoder makes of the same states, for a fourth column.
     """
     if output.pixels is None:
         return None
@@ -89,7 +84,7 @@ def split_rows(
     batch: Mapping[str, Any], output: ReconstructionOutput, processor: CocoaProcessor, normalized: bool
 ) -> Iterator[tuple[Image.Image, ...]]:
     """
-    Of each row with a masked picture, its first one: original, masked, rebuilt.
+    The first masked image of each row: original, masked, rebuilt.
 
     What is rebuilt is what the model knows, and nothing of the original: where it predicts patches at zero mean and
     unit variance (`normalized`), each is drawn around mid-grey at one contrast.
@@ -118,11 +113,8 @@ def split_rows(
 
 def to_image(units: Tensor, grid: list[int], settings: Any) -> Image.Image:
     """
-    The first frame of a picture from its units `(units, patches a unit, values)`, as the stock processor orders them.
-
-    Args:
-        grid (`list[int]`): Patches in time, height, width.
-        settings: Stock image processor.
+    The first frame of an image from its units `(units, patches a unit, values)`, as the stock image processor
+    (`settings`) orders them; `grid` is its patches in time, height, width.
     """
     merge, patch = settings.merge_size, settings.patch_size
     height, width = grid[1] // merge, grid[2] // merge
@@ -134,16 +126,20 @@ def to_image(units: Tensor, grid: list[int], settings: Any) -> Image.Image:
 
 
 def scaled(image: Image.Image) -> Image.Image:
-    """The picture with its longer side [`SIDE`] pixels long."""
-    factor = SIDE / max(image.size)
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    return image.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.BILINEAR)
+    """The image with its longer side [`SIDE`] pixels long."""
+    method = Image.Resampling.NEAREST if max(image.size) < SIDE else Image.Resampling.BILINEAR
+    return ImageOps.contain(image, (SIDE, SIDE), method)
 
 
-def write_texts(batch: Mapping[str, Any], output: ReconstructionOutput, processor: CocoaProcessor) -> str:
-    """The masked texts of a batch: as they are, with `_` for each masked token, and with the likeliest tokens."""
+def list_texts(
+    batch: Mapping[str, Any], output: ReconstructionOutput, processor: CocoaProcessor
+) -> list[dict[str, str]]:
+    """
+    The masked texts of a batch: which one (`row`), as it is (`original`), with `_` for each masked token (`masked`),
+    and with the likeliest tokens (`rebuilt`).
+    """
     if output.token_predictions is None:
-        return ""
+        return []
     labels = batch["labels"]
     hidden = labels != IGNORE_INDEX
     rebuilt = batch["input_ids"].clone()
@@ -153,7 +149,7 @@ def write_texts(batch: Mapping[str, Any], output: ReconstructionOutput, processo
     header = len(processor.tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"])
     is_content = ~torch.isin(original, special)
     is_content[:, :header] = False
-    lines = []
+    found = []
     for row, direction in enumerate(batch["directions"]):
         segments = batch["segment_ids"][row]
         for part, chosen in (("source", (segments != TARGET) & (segments != 0)), ("target", segments == TARGET)):
@@ -165,18 +161,29 @@ def write_texts(batch: Mapping[str, Any], output: ReconstructionOutput, processo
                 "_" if is_hidden else processor.tokenizer.decode([token])
                 for token, is_hidden in zip(original[row][text].tolist(), places, strict=True)
             )
-            lines += [
-                f"{direction}, row {batch['rows'][row]}, {part}",
-                f"  original: {processor.tokenizer.decode(original[row][text])!r}",
-                f"  masked:   {masked!r}",
-                f"  rebuilt:  {processor.tokenizer.decode(rebuilt[row][text])!r}",
-            ]
-    return "\n".join(lines) + "\n" if lines else ""
+            found.append(
+                {
+                    "row": f"{direction}, row {batch['rows'][row]}, {part}",
+                    "original": processor.tokenizer.decode(original[row][text]),
+                    "masked": masked,
+                    "rebuilt": processor.tokenizer.decode(rebuilt[row][text]),
+                }
+            )
+    return found
+
+
+def write_texts(texts: Iterable[Mapping[str, str]]) -> str:
+    """What [`list_texts`] gives, in lines."""
+    return "".join(
+        f"{text['row']}\n  original: {text['original']!r}\n  masked:   {text['masked']!r}\n"
+        f"  rebuilt:  {text['rebuilt']!r}\n"
+        for text in texts
+    )
 
 
 def save_reconstructions(output_dir: Path, step: int, grid: Image.Image | None, texts: str) -> Path | None:
     """
-    Write `step-N.png` and `step-N.txt` into a run's folder of them, each whole or not at all; the path of the picture.
+    Write `step-N.png` and `step-N.txt` into a run's folder of them, each whole or not at all; the path of the image.
     """
     folder = output_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,6 +197,6 @@ def save_reconstructions(output_dir: Path, step: int, grid: Image.Image | None, 
 
 
 def last_picture(output_dir: Path, step: int) -> Path | None:
-    """The last picture that a run drew up to a step; none where it drew none."""
+    """The last image that a run drew up to a step; none where it drew none."""
     steps = {int(path.stem.removeprefix("step-")): path for path in (output_dir / FOLDER).glob("step-*.png")}
     return max(((number, path) for number, path in steps.items() if number <= step), default=(0, None))[1]

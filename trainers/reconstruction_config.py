@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,9 @@ from transformers import TrainingArguments
 
 from modeling_cocoa.reconstruction import resolve_eos_sees_target
 
-from .base import SharedOptions, check_choices
-from .collators import DIRECTION_WEIGHTS, DIRECTIONS
-from .masking import check_ratios
+from .base import SharedOptions, check_choices, parsed_json
+from .data.collators import DIRECTION_WEIGHTS, DIRECTIONS
+from .data.masking import check_ratios
 
 
 @dataclass
@@ -30,21 +30,20 @@ class CocoaReconstructionConfig(SharedOptions, TrainingArguments):
         ValueError: an option is out of range; says which, and the range.
     """
 
-    learning_rate: float = field(
-        default=2e-5, metadata={"help": "Peak learning rate of AdamW (CoCoA's authors: 2e-5, with DoRA adapters)."}
-    )
     warmup_steps: float = field(
         default=0.03,
         metadata={"help": "Steps of linear warm-up; below 1, their share of all steps (authors: 100 of 3,000)."},
     )
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two logs."})
 
-    per_device_train_batch_tokens: int | None = field(
+    per_device_train_batch_num_tokens: int | None = field(
         default=None,
         metadata={
             "help": "Tokens of a batch on each device, images counted at their true number: rows are taken until it "
             "is full, instead of per_device_train_batch_size of them."
         },
+    )
+    per_device_train_batch_tokens: int | None = field(
+        default=None, metadata={"help": "Former name of per_device_train_batch_num_tokens, for one release."}
     )
     dataset_weights: dict | str | None = field(
         default=None,
@@ -121,19 +120,23 @@ class CocoaReconstructionConfig(SharedOptions, TrainingArguments):
         if self.stage == "bridge":
             self.eos_sees_target = eos_sees_target  # said outright in the record of the run
         for name in ("dataset_weights", "direction_weights"):
-            if isinstance(value := getattr(self, name), str):  # of a command line
-                try:
-                    setattr(self, name, json.loads(value))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{name} must be a JSON object of names and weights; got {value!r}.") from error
+            setattr(self, name, parsed_json(name, getattr(self, name)))
             if (weights := getattr(self, name)) is not None:
                 try:  # YAML 1.1 reads 5e-1 as text
                     setattr(self, name, {key: float(weight) for key, weight in dict(weights).items()})
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{name} must give a number for each name; got {weights!r}.") from error
-        if self.per_device_train_batch_tokens is not None and self.per_device_train_batch_tokens < 1:
+        if self.per_device_train_batch_tokens is not None:
+            warnings.warn(
+                "per_device_train_batch_tokens is now called per_device_train_batch_num_tokens.",
+                FutureWarning,
+                stacklevel=3,
+            )
+            self.per_device_train_batch_num_tokens = self.per_device_train_batch_tokens
+            self.per_device_train_batch_tokens = None
+        if self.per_device_train_batch_num_tokens is not None and self.per_device_train_batch_num_tokens < 1:
             raise ValueError(
-                f"per_device_train_batch_tokens must be 1 or more; got {self.per_device_train_batch_tokens}."
+                f"per_device_train_batch_num_tokens must be 1 or more; got {self.per_device_train_batch_num_tokens}."
             )
         if self.shuffle_buffer_size < 1:
             raise ValueError(f"shuffle_buffer_size must be 1 or more; got {self.shuffle_buffer_size}.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hub_cards.card_data import CocoaModelCardData
-from modeling_cocoa.attention import TARGET
-from modeling_cocoa.heads import attach_eos_token, attach_mask_token
+from modeling_cocoa.checkpoint_files import hub_arguments
 from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.modeling_cocoa import CocoaModelMixin
 from modeling_cocoa.processing_cocoa import CocoaProcessor
@@ -30,31 +28,26 @@ from modeling_cocoa.reconstruction import (
     HEADS_FILE,
     LOSSES,
     CocoaForReconstruction,
-    ReconstructionOutput,
     count_losses,
 )
-from modeling_cocoa.saving import save_cocoa
+from modeling_cocoa.special_tokens import attach_eos_token, attach_mask_token
 
-from .adapters import (
-    has_adapter,
-    load_checkpoint,
-    load_weights,
-    merge_adapters,
-    prepare_parts,
-    save_adapter,
-    submodule_state_dict,
-)
-from .base import CocoaTrainerMixin, check_devices, check_not_peft, check_sizes, unsharded_weights
-from .batching import TokenBatchSampler, count_row_tokens
-from .collators import Example, ReconstructionCollator, model_arguments, rows_of_units, split_batch, swap_sources
-from .datasets import EpochSampler, ReconstructionDataset, drop_pairs_without_text
-from .masking import IGNORE_INDEX
+from .adapter_files import load_checkpoint, load_weights, submodule_state_dict
+from .adapters import has_adapter, prepare_parts
+from .base import check_given, check_sizes
+from .base_trainer import CocoaTrainerMixin
+from .data.batching import TokenBatchSampler, count_row_tokens
+from .data.collators import Example, ReconstructionCollator, model_arguments, split_batch, swap_sources
+from .data.datasets import EpochSampler, ReconstructionDataset
+from .data.streaming import ReconstructionStream
+from .loss_means import RowMeans, RunningMeans, sums_of_rows
 from .measuring import measuring
-from .pictures import draw_pictures, save_reconstructions, write_texts
-from .progress import RowMeans, RunningMeans
+from .pictures import draw_pictures, list_texts, save_reconstructions, write_texts
 from .reconstruction_config import CocoaReconstructionConfig
+from .reconstruction_rows import read_rows
 from .record import RunRecord
-from .streaming import ReconstructionStream, mix_streams, used_columns
+from .sharding import unsharded_weights
+from .tracking import log_image, log_table
 
 EOS_ROWS = 16
 """Rows of a batch by which `eos_information` is measured in training."""
@@ -72,17 +65,18 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
 
     Args:
         model (`str`, [`CocoaForReconstruction`] or a CoCoA backbone): A name or folder is loaded with
-            [`CocoaForReconstruction.from_pretrained`], in float32: a generative Qwen2-VL / Qwen2.5-VL checkpoint, or
+            [`CocoaForReconstruction.from_pretrained`], in float32: a generative Qwen-VL checkpoint, or
             one that an earlier stage saved.
-        args ([`CocoaReconstructionConfig`], *optional*).
-        train_dataset, eval_dataset ([`~datasets.Dataset`] or a dict of them, *optional*): Rows in any of the forms of
+        args ([`CocoaReconstructionConfig`], *optional*): By default all of its defaults.
+        train_dataset ([`~datasets.Dataset`] or a dict of them, *optional*): Rows in any of the forms of
             [`~rows.parts_of`]: `query` and `positive`, the pairs of contrastive training; or rows of one side, `image`
             or `images` and `text`, interleaved `images` and `texts`, or `messages`. Several datasets by name are read
-            as one, in training by `dataset_weights`. For training also an [`~datasets.IterableDataset`], with
-            `max_steps`.
+            as one, in training by `dataset_weights`; also an [`~datasets.IterableDataset`], with `max_steps`.
+        eval_dataset ([`~datasets.Dataset`] or a dict of them, *optional*): The same, not streamed.
         processing_class ([`CocoaProcessor`], *optional*): By default the model's own, with `args`' sizes.
         peft_config ([`~peft.PeftConfig`], *optional*): Train adapters in the backbone; the heads train in full.
-        callbacks, optimizers: As in [`~transformers.Trainer`].
+        callbacks (`list`, *optional*): As in [`~transformers.Trainer`].
+        optimizers (`tuple`, defaults to `(None, None)`): As in [`~transformers.Trainer`].
         card_data ([`CocoaModelCardData`], *optional*): What the saved model's card says beside what the run knows:
             licence, language, name, notes.
 
@@ -103,18 +97,17 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         card_data: CocoaModelCardData | None = None,
     ) -> None:
         args = args if args is not None else CocoaReconstructionConfig(output_dir="cocoa-reconstruction")
-        check_devices(args)
-        check_not_peft(model)
+        check_given(args, model)
         # Before the heads are drawn, so that the same seed is the same run.
         set_seed(args.seed)
         if isinstance(model, (str, os.PathLike)):
             # In float32 whatever the checkpoint holds: steps of 2e-6 are lost in bfloat16 weights. With `bf16=True`
             # the computation is in bfloat16 all the same.
-            name = model
+            name, options = model, {"dtype": torch.float32, **(args.model_init_kwargs or {})}
             with unsharded_weights(args):
-                model = CocoaForReconstruction.from_pretrained(name, dtype=torch.float32, **args.head_options())
+                model = CocoaForReconstruction.from_pretrained(name, **options, **args.head_options())
             if processing_class is None:
-                processing_class = args.load_processor(name)
+                processing_class = args.load_processor(name, **hub_arguments(options))
         elif isinstance(model, CocoaModelMixin):
             model = CocoaForReconstruction(model, **args.head_options())
         if processing_class is None:
@@ -127,7 +120,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         if model.lm_head is None and isinstance(model.model.get_input_embeddings(), BaseTunerLayer):
             raise ValueError(
                 "peft_config adapts embed_tokens, which is the text head of this model as well (tie_word_embeddings): "
-                "the head would be another one once they are folded in. Leave embed_tokens out of target_modules."
+                "the head would be another one once they are merged. Leave embed_tokens out of target_modules."
             )
         if peft_config is not None and model.lm_head is not None:
             model.lm_head.requires_grad_(False)  # pretrained like the base, and tied to it in other models
@@ -146,76 +139,22 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             target_mask_ratio=args.target_mask_ratio,
             direction_weights=args.direction_weights,
             image_size=args.image_size,
-            on_bad_sample=args.on_bad_sample,
+            on_bad_row=args.on_bad_row,
         )
-        if isinstance(train_dataset, Mapping) and any(
-            isinstance(part, IterableDataset) for part in train_dataset.values()
-        ):
-            train_dataset = mix_streams(train_dataset, args.dataset_weights, args.seed)
-        elif isinstance(train_dataset, IterableDataset):
-            used_columns(train_dataset, "The streamed dataset")
-        rows: dict[str, Any] = {
-            "training": self._read_rows(train_dataset, "training", collator, args, args.dataset_weights),
-            "evaluation": self._read_rows(eval_dataset, "evaluation", collator, args),
-        }
         super().__init__(
             model=model,
             args=args,
             data_collator=collator,
-            train_dataset=rows["training"],
-            eval_dataset=rows["evaluation"],
+            train_dataset=read_rows(train_dataset, "training", collator, args),
+            eval_dataset=read_rows(eval_dataset, "evaluation", collator, args),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.check_sharding()
         self.label_names = ["labels"]
         # The losses are divided by the counts of the whole step, over its batches and processes.
         self.model_accepts_loss_kwargs = True
-        self.show_losses()
-
-    @staticmethod
-    def _read_rows(
-        dataset: Any,
-        name: str,
-        collator: ReconstructionCollator,
-        args: CocoaReconstructionConfig,
-        weights: Mapping[str, float] | None = None,
-    ) -> ReconstructionDataset | ReconstructionStream | None:
-        """
-        The rows of one or several datasets, bad ones and pairs without a text to rebuild left out.
-
-        Raises:
-            ValueError: it is no dataset, has other columns, has a bad row, or is a stream that cannot be used.
-        """
-        if dataset is None:
-            return None
-        if isinstance(dataset, IterableDataset):
-            if name == "evaluation":
-                raise ValueError("eval_dataset cannot be streamed: the same rows are read at every evaluation.")
-            if args.max_steps < 1:
-                raise ValueError("A dataset that is streamed has no end; give max_steps.")
-            return ReconstructionStream(
-                dataset,
-                collator,
-                args.seed,
-                batch_size=args.per_device_train_batch_size,
-                batch_tokens=args.per_device_train_batch_tokens,
-                buffer_size=args.shuffle_buffer_size,
-                process_index=args.process_index,
-                num_processes=args.world_size,
-            )
-        if not isinstance(dataset, (Dataset, Mapping)):
-            raise ValueError(
-                f"The {name} data is a {type(dataset).__name__}; give a Dataset of the library `datasets`, or a dict "
-                "of them."
-            )
-        rows = ReconstructionDataset(dataset, args.seed, weights)
-        if args.stage == "bridge":
-            drop_pairs_without_text(rows, name)
-        if args.check_data:
-            rows.check(collator.check, name, args.on_bad_sample)
-        return rows
+        self.finish_init()
 
     @property
     def backbone(self) -> nn.Module:
@@ -232,7 +171,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         return EpochSampler(len(dataset), self.args.seed, epoch=lambda: int(self.state.epoch or 0))
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of rows, or of tokens where `per_device_train_batch_tokens` is given."""
+        """Batches of rows, or of tokens where `per_device_train_batch_num_tokens` is given."""
         workers = {
             "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory,
@@ -249,8 +188,8 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
                 put_on_device=True,
                 dispatch_batches=False,
             )
-        batch_tokens = self.args.per_device_train_batch_tokens
-        if batch_tokens is None or self.train_dataset is None:
+        batch_num_tokens = self.args.per_device_train_batch_num_tokens
+        if batch_num_tokens is None or self.train_dataset is None:
             return self.check_steps(super().get_train_dataloader())
         rows, collator = self.train_dataset, self.data_collator
         if self._row_tokens is None:
@@ -264,14 +203,14 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
             return collator.count_tokens(*self._row_tokens[name][row].tolist(), seed)
 
         batches = TokenBatchSampler(
-            self._get_train_sampler(), tokens, batch_tokens, processes=self.accelerator.num_processes
+            self._get_train_sampler(), tokens, batch_num_tokens, processes=self.accelerator.num_processes
         )
         return self.accelerator.prepare(DataLoader(rows, batch_sampler=batches, collate_fn=collator, **workers))
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """Batches of the rows that were given, or of the trainer's own; see [`~transformers.Trainer`]."""
         if isinstance(eval_dataset, (Dataset, Mapping)):
-            eval_dataset = self._read_rows(eval_dataset, "evaluation", self.data_collator, self.args)
+            eval_dataset = read_rows(eval_dataset, "evaluation", self.data_collator, self.args)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(
@@ -302,7 +241,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         if self.args.stage == "bridge" and self._logs_this_step():
             for name, (total, number) in self._eos_information(model, split_batch(inputs)[:EOS_ROWS]).items():
                 self._means.add(name, total, number)
-        if self.args.on_bad_sample == "skip" or isinstance(self.train_dataset, ReconstructionStream):
+        if self.args.on_bad_row == "skip" or isinstance(self.train_dataset, ReconstructionStream):
             self._means.add("skipped_rows", inputs.get("num_skipped", 0), 1)
         return (output.loss, {}) if return_outputs else output.loss
 
@@ -370,7 +309,7 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
         means, rows = self._row_means.take()
         weights = {"loss_image": self.args.image_loss_weight}
         means["loss"] = sum(weights.get(name, 1.0) * means.get(name, 0.0) for name in map("loss_{}".format, LOSSES))
-        if self.args.on_bad_sample == "skip":
+        if self.args.on_bad_row == "skip":
             means["skipped_rows"] = len(dataloader.dataset) - rows
         if self.args.stage == "bridge":
             examples = self._first_examples(dataloader.dataset, EVALUATED_EOS_ROWS)
@@ -391,10 +330,10 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Batches of the rows that [`~transformers.Trainer.predict`] was given; only their losses are predicted."""
-        return super().get_test_dataloader(self._read_rows(test_dataset, "evaluation", self.data_collator, self.args))
+        return super().get_test_dataloader(read_rows(test_dataset, "evaluation", self.data_collator, self.args))
 
     def _first_examples(self, dataset: ReconstructionDataset, count: int) -> list[Example]:
-        """Of the first rows, those that can be read."""
+        """Those of the first rows that can be read."""
         examples = []
         for row in range(min(count, len(dataset))):
             try:
@@ -426,9 +365,13 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
                 normalized=self.args.normalize_pixels,
                 untrained=self._untrained_pixels,
             )
-            texts = write_texts(batch, output, self.processing_class)
-            path = save_reconstructions(Path(self.args.output_dir), self.state.global_step, grid, texts)
+            texts = list_texts(batch, output, self.processing_class)
+            path = save_reconstructions(Path(self.args.output_dir), self.state.global_step, grid, write_texts(texts))
             self.picture = path or self.picture
+            if grid is not None:
+                log_image(self, "reconstructions", grid)
+            if texts:
+                log_table(self, "reconstructed_texts", texts)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the losses by name to a training log."""
@@ -438,60 +381,20 @@ class CocoaReconstructionTrainer(CocoaTrainerMixin, Trainer):
 
     def write_model(self, folder: str, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
         """
-        Write the folder that both loaders load; adapters are folded in, and kept beside it for resuming.
+        Write the model's folder and the heads into it.
 
         Args:
             folder (`str`): Where to.
-            state_dict (`Mapping[str, Tensor]`, *optional*): The whole weights, where processes share them out.
+            state_dict (`Mapping[str, Tensor]`, *optional*): The weights, where processes share them out.
         """
-        backbone_state = None if state_dict is None else submodule_state_dict(state_dict, "model.")
-        os.makedirs(folder, exist_ok=True)
-        self.model.save_heads(folder, state_dict)
-        save_adapter(self.model.model, folder, backbone_state)
-        # Last what makes the folder a model: with it, all is there.
-        model = merge_adapters(self.model.model, backbone_state)
-        save_cocoa(model, self.processing_class, folder, complete=partial(self.complete_folder, target=folder))
+        self.write_backbone(
+            folder,
+            None if state_dict is None else submodule_state_dict(state_dict, "model."),
+            lambda staging: self.model.save_heads(staging, state_dict),
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         own = model if model is not None else self.model
         heads = own.fitting_heads(load_file(os.path.join(resume_from_checkpoint, HEADS_FILE)))
         load_weights(own, heads, strict=False)
         load_checkpoint(own.model, resume_from_checkpoint)
-
-
-def sums_of_rows(
-    batch: Mapping[str, Any], output: ReconstructionOutput
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """
-    Of each row of a batch, the sums of its losses and their numbers, both of shape `(rows,)`: by name (`loss_...`,
-    `token_accuracy`) and by direction (`text_...`, `token_accuracy_...`, `pixel_...`).
-
-    Args:
-        batch (`Mapping`): From [`ReconstructionCollator`].
-        output ([`ReconstructionOutput`]): Of the model for it.
-    """
-    sums: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    directions = batch["directions"]
-
-    def add(
-        values: torch.Tensor, rows: torch.Tensor, name: str | None = None, by_direction: str | None = None
-    ) -> None:
-        values = values.detach().float()
-        empty = values.new_zeros(len(directions))
-        pair = empty.index_add(0, rows, values), empty.index_add(0, rows, torch.ones_like(values))
-        if name:
-            sums[name] = pair
-        for direction in sorted(set(directions)) if by_direction else ():
-            chosen = torch.tensor([own == direction for own in directions], device=values.device)
-            sums[f"{by_direction}_{direction}"] = pair[0] * chosen, pair[1] * chosen
-
-    if output.token_losses is not None:
-        hidden = batch["labels"] != IGNORE_INDEX
-        rows, is_target = hidden.nonzero()[:, 0], batch["segment_ids"][hidden] == TARGET
-        add(output.token_losses[~is_target], rows[~is_target], "loss_text_source")
-        add(output.token_losses[is_target], rows[is_target], "loss_text_target")
-        add(output.token_losses, rows, by_direction="text")
-        add(output.token_predictions == batch["labels"][hidden], rows, "token_accuracy", "token_accuracy")
-    if output.unit_losses is not None:
-        add(output.unit_losses, rows_of_units(batch), "loss_image", "pixel")
-    return sums

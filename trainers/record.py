@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from enum import Enum
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.integrations import CodeCarbonCallback
 
+from evaluation.digests import installed_version
 from hub_cards.card_data import FIELDS_FILE, PICTURE, CocoaModelCardData, is_written_by_user, write_card
 from hub_cards.training_record import StageRecord, read_records, write_records
 
@@ -30,6 +30,7 @@ from .run_folder import (
     MODEL,
     PROCESSOR,
     SETTINGS,
+    UNRELATED,
     as_json,
     fingerprint_data,
     fingerprint_weights,
@@ -39,53 +40,18 @@ from .run_folder import (
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("cocoa-embed", "torch", "transformers", "sentence-transformers", "accelerate", "datasets", "peft")
-UNRELATED = (
-    "accelerator_config",
-    "check_data",
-    "deepspeed",
-    "disable_tqdm",
-    "do_",
-    "dataloader_",
-    "eval_",
-    "evaluate_",
-    "fsdp",
-    "greater_is_better",
-    "hub_",
-    "include_",
-    "log_",
-    "logging_",
-    "metric_for_best_model",
-    "output_dir",
-    "per_device_eval_",
-    "prediction_loss_only",
-    "project",
-    "push_to_hub",
-    "remove_unused_columns",
-    "report_to",
-    "restore_callback_states",
-    "run_name",
-    "save_",
-    "stage",
-    "trackio",
-    "use_cpu",
-)
-"""Beginnings of the names of settings that do not change what is trained, or are recorded elsewhere."""
 ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
 UNRELATED_TO_ADAPTERS = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
-"""Of an adapter's configuration, what does not change what is trained."""
+"""Fields of an adapter's configuration that do not change what is trained."""
 
 
 class RunRecord:
     """
     What a run began with, and what it adds.
 
-    Args:
-        backbone (`PreTrainedModel`): As it was loaded; its configuration says from where.
-        train_dataset: As the trainer was given it.
-        card_data ([`CocoaModelCardData`], *optional*): What the run does not know.
-
-    Attributes:
-        recipe_model (`Mapping`, *optional*): What a recipe says of its model, where the run is of one.
+    `backbone` is as it was loaded (its configuration says from where), `train_dataset` as the trainer was given it,
+    `card_data` what the run does not know. `recipe_model` is what a recipe says of its model, where the run is of one;
+    `teacher` and `teacher_weights` are the name of a teacher and a digest of its weights, where there is one.
     """
 
     def __init__(
@@ -94,6 +60,8 @@ class RunRecord:
         self.card_data = card_data if card_data is not None else CocoaModelCardData()
         self.datasets = describe_datasets(train_dataset)
         self.recipe_model: Mapping[str, Any] | None = None
+        self.teacher: str | None = None
+        self.teacher_weights: str | None = None
         self._train_dataset = train_dataset
         self._base_fingerprint = fingerprint_weights(backbone)
         source = backbone.config.name_or_path
@@ -105,12 +73,7 @@ class RunRecord:
         self._base_revision = getattr(backbone.config, "_commit_hash", None) if self._base_model else None
 
     def started_with(self, trainer: Trainer) -> dict[str, dict[str, Any]]:
-        """
-        What decides what the run trains: settings, data, base model, adapters.
-
-        Args:
-            trainer ([`~transformers.Trainer`]): That runs.
-        """
+        """What decides what the run trains: settings, data, base model, adapters."""
         args, processor = trainer.args, trainer.processor
         parts = self._train_dataset
         parts = parts.values() if isinstance(parts, Mapping) else [parts]
@@ -118,7 +81,7 @@ class RunRecord:
         size = processor.image_processor.size
         peft_configs = getattr(trainer.backbone, "peft_config", {})
         facts = {
-            SETTINGS: {**settings, "processes": args.world_size},
+            SETTINGS: {**settings, "processes": args.world_size, "teacher_weights": self.teacher_weights},
             PROCESSOR: {
                 "max_length": processor.max_length,
                 "min_pixels": size["shortest_edge"],
@@ -136,33 +99,19 @@ class RunRecord:
             facts[MODEL] = as_json(self.recipe_model)
         return facts
 
-    def complete_folder(self, folder: Path, trainer: Trainer, backbone: nn.Module, picture: Path | None) -> None:
+    def complete_folder(self, folder: Path, target: Path, trainer: Trainer) -> None:
         """
-        Write the record and the picture into a folder that a model is saved to.
-
-        Args:
-            folder (`Path`): With all that [`save_cocoa`] writes.
-            trainer ([`~transformers.Trainer`]): As far as it has come.
-            backbone (`nn.Module`): That trains.
-            picture (`Path`, *optional*): What this run rebuilt last; without it, contrastive training keeps that of
-                the stage before.
+        Write the record, the picture and the card into a folder that a model is saved to. What an author said or wrote
+        in `target`, where the folder goes to, stays.
         """
-        write_records(folder, [*self.earlier, self.of_stage(trainer, backbone)])
-        if picture is not None:
-            content: bytes | None = picture.read_bytes()
+        self.write_stages(folder, trainer)
+        if trainer.picture is not None:
+            content: bytes | None = trainer.picture.read_bytes()
         else:
             # Pre-training begins with heads of its own, which that of the stage before does not show.
             content = None if hasattr(trainer.args, "stage") else self._picture
         if content is not None:
             (folder / PICTURE).write_bytes(content)
-
-    def write_card(self, folder: Path, target: Path) -> None:
-        """
-        Write the card of a folder that is made ready; what an author said or wrote where it goes to stays.
-
-        Args:
-            folder (`Path`), target (`Path`): As in [`~base.CocoaTrainerMixin.complete_folder`].
-        """
         if (target / FIELDS_FILE).is_file():
             shutil.copyfile(target / FIELDS_FILE, folder / FIELDS_FILE)
         card = write_card(folder, self.card_data)
@@ -173,7 +122,11 @@ class RunRecord:
                 target / card.name,
             )
 
-    def of_stage(self, trainer: Trainer, backbone: nn.Module) -> StageRecord:
+    def write_stages(self, folder: Path, trainer: Trainer) -> None:
+        """Write the record of all stages into a folder."""
+        write_records(folder, [*self.earlier, self.of_stage(trainer)])
+
+    def of_stage(self, trainer: Trainer) -> StageRecord:
         """What the run knows of itself by now; see [`StageRecord`]."""
         args, state = trainer.args, trainer.state
         logs = state.log_history
@@ -190,11 +143,11 @@ class RunRecord:
         seconds = whole[-1] if whole and not trainer.was_resumed else None
         return StageRecord(
             stage=getattr(args, "stage", "contrastive"),
-            settings=changed_settings(args),
+            settings=changed_settings(args) | ({"teacher": self.teacher} if self.teacher else {}),
             base_model=self._base_model,
             base_revision=self._base_revision,
             datasets=self.datasets,
-            adapters=describe_adapters(backbone),
+            adapters=describe_adapters(trainer.backbone),
             trained_parameters=count_trained(trainer.model),
             steps=state.global_step,
             epochs=float(state.epoch or 0.0),
@@ -204,17 +157,12 @@ class RunRecord:
             losses=measures(training[-1]) if training else {},
             evaluation=measures(evaluated),
             emissions={} if seconds is None else measured_emissions(trainer),
-            versions={name: number for name in LIBRARIES if (number := installed(name)) is not None},
+            versions={name: number for name in LIBRARIES if (number := installed_version(name)) is not None},
         )
 
 
 def describe_datasets(dataset: Any) -> list[dict[str, Any]]:
-    """
-    Names of datasets, and where known their rows, Hub name, commit and licence.
-
-    Args:
-        dataset: One, or several by name; streamed ones have no number of rows.
-    """
+    """Names of datasets, and where known their rows, Hub name, commit and licence."""
     if dataset is None:
         return []
     named = dict(dataset) if isinstance(dataset, Mapping) else {None: dataset}
@@ -255,7 +203,7 @@ def changed_settings(args: TrainingArguments) -> dict[str, Any]:
         value, default = (
             part.value if isinstance(part, Enum) else part for part in (getattr(args, item.name), default)
         )
-        if item.name.startswith(UNRELATED) or value == default or not (value or default):
+        if item.name.startswith((*UNRELATED, "stage")) or value == default or not (value or default):
             continue
         if isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
             continue
@@ -265,7 +213,10 @@ def changed_settings(args: TrainingArguments) -> dict[str, Any]:
 
 def measures(entry: Mapping[str, Any]) -> dict[str, float]:
     """The measures in an entry of a trainer's log, by their names without `eval_`."""
-    other = ("learning_rate", "grad_norm", "epoch", "step", "runtime", "samples_per_second", "steps_per_second")
+    other = (
+        "learning_rate", "grad_norm", "epoch", "step", "runtime", "samples_per_second", "steps_per_second",
+        "model_preparation_time",
+    )  # fmt: skip
     named = {name.removeprefix("eval_"): value for name, value in entry.items()}
     return {
         name: float(value)
@@ -282,11 +233,3 @@ def measured_emissions(trainer: Trainer) -> dict[str, Any]:
             data.code_carbon_callback = callback
             return data.get_codecarbon_data()["co2_eq_emissions"]
     return {}
-
-
-def installed(name: str) -> str | None:
-    """The version of a library; none where it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+import transformers
 from datasets import Dataset
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator, SequentialEvaluator
+from sentence_transformers.sentence_transformer.evaluation import SequentialEvaluator
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from .content import content_key
-from .contrastive_rows import prompts_of
-from .rows import open_images, without_image_decoding
+from .data.content import content_key
+from .data.contrastive_rows import prompts_of
+from .data.rows import open_images, undecoded
+from .tracking import SampledRetrieval
 
 RANKS = (1, 5, 10)
-"""Of Recall@k; MRR and nDCG are of the last."""
+"""The k of Recall@k; the last one is that of MRR and nDCG too."""
 
 
 def retrieval_evaluator(
@@ -42,7 +46,7 @@ def retrieval_evaluator(
     evaluators = []
     for name, dataset in parts.items():
         own = prompts_of(prompts, name)
-        dataset = dataset.cast(without_image_decoding(dataset.features))
+        dataset = undecoded(dataset)
         queries: dict[str, Any] = {}
         corpus: dict[str, Any] = {}
         relevant: dict[str, set[str]] = {}
@@ -53,7 +57,7 @@ def retrieval_evaluator(
                     found[key] = open_images(cell, image_size)
             relevant.setdefault(query_id, set()).add(positive_id)
         evaluators.append(
-            InformationRetrievalEvaluator(
+            SampledRetrieval(
                 queries,
                 corpus,
                 relevant,
@@ -69,3 +73,23 @@ def retrieval_evaluator(
             )
         )
     return SequentialEvaluator(evaluators, main_score_function=fmean)
+
+
+class EarlyStoppingCallback(transformers.EarlyStoppingCallback):
+    """
+    transformers' own, which takes no notice of evaluations without its metric: the losses of one of several datasets,
+    which come before the retrieval of all. transformers would warn each time that early stopping is disabled.
+    """
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float],
+        **kwargs: Any,
+    ) -> None:
+        """Count evaluations without improvement."""
+        name = args.metric_for_best_model
+        if (name if name.startswith("eval_") else f"eval_{name}") in metrics:
+            super().on_evaluate(args, state, control, metrics, **kwargs)

@@ -23,6 +23,8 @@ from transformers.utils import logging
 
 from modeling_cocoa.files import atomic_write
 
+from .data.rows import undecoded
+
 try:
     import fcntl
 except ImportError:  # Windows, where only runs of one process are kept apart
@@ -36,38 +38,22 @@ LOCK_FILE = ".lock"
 """In a run's output folder: locked while it trains."""
 LENGTHS = ("max_steps", "num_train_epochs")
 """Settings by which a run may be made longer when it goes on."""
-MAY_CHANGE = (
+UNRELATED = (
     "accelerator_config",
-    "activation_checkpointing",
-    "batch_eval_metrics",
-    "bf16_full_eval",
     "check_data",
     "dataloader_",
-    "ddp_",
-    "debug",
     "deepspeed",
     "disable_tqdm",
     "do_",
-    "early_stopping_patience",
-    "enable_jit_checkpoint",
     "eval_",
     "evaluate_",
-    "fp16_full_eval",
     "fsdp",
-    "gradient_checkpointing",
     "greater_is_better",
     "hub_",
-    "ignore_data_skip",
     "include_",
-    "load_best_model_at_end",
-    "local_rank",
     "log_",
     "logging_",
-    "metric_for_best_model",
-    "mini_batch_",
-    "on_bad_sample",
     "output_dir",
-    "parallelism_config",
     "per_device_eval_",
     "prediction_loss_only",
     "project",
@@ -75,14 +61,34 @@ MAY_CHANGE = (
     "remove_unused_columns",
     "report_to",
     "restore_callback_states",
-    "resume_from_checkpoint",
     "run_name",
     "save_",
+    "trackio",
+    "use_cpu",
+)
+"""Beginnings of the names of settings that say nothing of the training itself: in no record of it."""
+MAY_CHANGE = (
+    *UNRELATED,
+    "activation_checkpointing",
+    "batch_eval_metrics",
+    "bf16_full_eval",
+    "ddp_",
+    "debug",
+    "early_stopping_patience",
+    "enable_jit_checkpoint",
+    "fp16_full_eval",
+    "gradient_checkpointing",
+    "ignore_data_skip",
+    "load_best_model_at_end",
+    "local_rank",
+    "metric_for_best_model",
+    "mini_batch_",
+    "on_bad_",
+    "parallelism_config",
+    "resume_from_checkpoint",
     "skip_memory_metrics",
     "torch_compile",
     "torch_empty_cache_steps",
-    "trackio",
-    "use_cpu",
 )
 """Beginnings of the names of settings that change time, memory, logs, evaluations or saves: not what is trained."""
 SETTINGS, PROCESSOR, DATA, BASE_MODEL, ADAPTERS, MODEL = (
@@ -101,6 +107,8 @@ READ_STREAMED_ROWS = 8
 READ_VALUES = 64
 """Values of each weight, evenly spaced, of which a model's fingerprint is made."""
 
+IN_USE = "Another run is training in {folder} ({who}). Wait until it ends, or choose another output_dir."
+
 _locked: set[str] = set()
 """Folders in which this process trains: a lock keeps other processes away only."""
 
@@ -116,14 +124,15 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder, LOCK_FILE).resolve()
     if str(path) in _locked:  # opening and closing the file would give up this process's lock
-        raise BlockingIOError(in_use(folder, "this process"))
+        raise BlockingIOError(IN_USE.format(folder=folder, who="this process"))
     with open(path, "a+", encoding="utf-8") as file:
         try:
             if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
-            raise BlockingIOError(in_use(folder, file.read().strip() or "unknown process")) from error
+            who = file.read().strip() or "unknown process"
+            raise BlockingIOError(IN_USE.format(folder=folder, who=who)) from error
         except OSError as error:
             logger.warning(f"{folder} cannot be locked ({error}): see to it that no other run trains in it.")
         file.truncate(0)
@@ -133,11 +142,6 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
             yield
         finally:
             _locked.discard(str(path))
-
-
-def in_use(folder: str | os.PathLike, who: str) -> str:
-    """That another run trains in a folder."""
-    return f"Another run is training in {folder} ({who}). Wait until it ends, or choose another output_dir."
 
 
 def read_run(folder: str | os.PathLike) -> dict[str, Any] | None:
@@ -154,12 +158,8 @@ def write_run(folder: str | os.PathLike, facts: Mapping[str, Any]) -> None:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> list[str]:
     """
-    What differs between two runs, such as `learning_rate was 0.001, is 0.002`.
-
-    Args:
-        before, now (`Mapping`): Facts by section and name, as [`write_run`] has them. A section that only one of them
-            has is not compared.
-        ignore (`tuple[str, ...]`): Names that may differ.
+    What differs between two runs, such as `learning_rate was 0.001, is 0.002`: of the facts that [`write_run`] has by
+    section and name. A section that only one of them has is not compared.
     """
     found = []
     for section in (name for name in now if name in before):
@@ -177,13 +177,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], ignore: tuple
 
 
 def run_settings(args: TrainingArguments, *, streamed: bool = False) -> dict[str, Any]:
-    """
-    The settings that change what is trained.
-
-    Args:
-        args ([`~transformers.TrainingArguments`]).
-        streamed (`bool`, defaults to `False`): The data is, and the number of workers decides the batches.
-    """
+    """The settings that change what is trained; of streamed data the number of workers, which decides the batches."""
     found = {item.name: getattr(args, item.name) for item in fields(args) if not item.name.startswith(MAY_CHANGE)}
     found["dataloader_drop_last"] = args.dataloader_drop_last
     if streamed:
@@ -210,9 +204,6 @@ def fingerprint_data(dataset: Any) -> dict[str, str]:
     What shows that a run has other rows, by the names of its datasets: how many, and a digest of their content.
 
     Of a large dataset [`READ_ROWS`] rows are read, of a streamed one the first [`READ_STREAMED_ROWS`].
-
-    Args:
-        dataset: A dataset, or several by name.
     """
     if dataset is None:
         return {}
@@ -224,10 +215,7 @@ def fingerprint_rows(dataset: Any) -> str:
     """The number of rows of a dataset and a digest of their content."""
     digest = hashlib.blake2b(digest_size=8)
     if isinstance(dataset, IterableDataset):
-        from .rows import without_image_decoding
-
-        rows = dataset if dataset.features is None else dataset.cast(without_image_decoding(dataset.features))
-        for row in rows.take(READ_STREAMED_ROWS):
+        for row in undecoded(dataset).take(READ_STREAMED_ROWS):
             feed(digest, row)
         return f"streamed rows ({digest.hexdigest()})"
     if not isinstance(dataset, Dataset):

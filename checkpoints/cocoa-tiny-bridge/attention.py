@@ -18,56 +18,12 @@ row never see each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import flex_attention_mask
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 PADDING, SOURCE, EOS, TARGET = 0, 1, 2, 3
 """Segment ids: what part of its sample a token belongs to."""
-
-FLEX_ATTENTION = "cocoa_flex"
-"""`attn_implementation` under which flex attention serves Qwen2-VL, whose stock classes do not declare it
-(transformers refuses names that contain "flex_attention" for such classes)."""
-
-
-def flex_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: BlockMask | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """
-    Flex attention in the shape that transformers' attention interface asks for.
-
-    Compiled on a GPU, where that is the point of it. On a CPU it is for tests, and runs as written: the compiled CPU
-    kernel of torch 2.14 gives wrong numbers for masks that tell the samples of a packed row apart.
-    """
-    # Rotated in float32 under autocast, while the values are not; the kernel's backward pass wants one dtype.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    kernel = compiled_flex_attention() if query.device.type == "cuda" else flex_attention
-    grouped = query.shape[1] != key.shape[1]
-    output = kernel(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
-    return output.transpose(1, 2).contiguous(), None
-
-
-@cache
-def compiled_flex_attention() -> Callable[..., Tensor]:
-    """torch's flex attention, compiled at its first use."""
-    return torch.compile(flex_attention)
-
-
-# Registering is an assignment, so doing it again (package and remote copy in one process) is harmless.
-AttentionInterface.register(FLEX_ATTENTION, flex_forward)
-AttentionMaskInterface.register(FLEX_ATTENTION, flex_attention_mask)
 
 
 def is_visible(

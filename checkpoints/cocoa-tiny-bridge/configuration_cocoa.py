@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
-class CocoaConfig:
+class CocoaSettings:
     """
     The `cocoa` entry of a checkpoint's `config.json`.
 
@@ -44,7 +44,7 @@ class CocoaConfig:
             )
 
     @classmethod
-    def from_model_config(cls, config: PretrainedConfig) -> CocoaConfig:
+    def from_model_config(cls, config: PretrainedConfig) -> CocoaSettings:
         """Read and check `config.cocoa`; a stock configuration, which has none, gives the defaults and its own EOS."""
         values: Any = getattr(config, "cocoa", None)
         if values is None:

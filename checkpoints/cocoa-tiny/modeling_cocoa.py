@@ -1,37 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes a stock Qwen2-VL model a CoCoA model; shared by every backbone."""
+"""What makes a stock Qwen-VL model a CoCoA model; shared by every backbone."""
 
 from __future__ import annotations
 
-import inspect
-import json
 import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, Qwen2VLVideoProcessor
 from transformers.utils import ModelOutput
 
-from .attention import FLEX_ATTENTION
-from .checkpoint_files import KEY_MAPPING, read_model_type
-from .configuration_cocoa import CocoaConfig
-from .layers import CONVOLUTION_ROWS, keep_freed_memory, merged_rotary
-from .packing import Packing, pack, sdpa_kernel
+from .checkpoint_files import read_model_type
+from .configuration_cocoa import CocoaSettings
+from .last_layer import compute_rows, select_rows
+from .model_folder import save_folder
+from .packed_attention import TEXT_ATTENTION, VISION_ATTENTION, attend_row, sdpa_kernel
+from .packing import Packing, pack
 from .pooling import EosPooler
 
-MINIMUM_TRANSFORMERS = (5, 2)
-"""Of the model alone; training and sentence-transformers need what pyproject.toml says."""
+MINIMUM_TRANSFORMERS = (5, 21)
+"""The oldest version whose vectors are right; as in pyproject.toml."""
 
 CPU_VISION_PATCHES = 2048
 """Patches that pass the vision tower at once on a CPU, whose caches more would overflow: 14 % slower at 4096."""
-
-CPU_ROWS = 32
-"""On a CPU without gradient, rows come in multiples of this, filled up with rows that nobody reads: oneDNN keeps a
-kernel for each number of rows, and memory would grow with their variety."""
 
 
 def check_transformers_version(minimum: tuple[int, int], version: str = transformers.__version__) -> None:
@@ -64,7 +61,7 @@ class CocoaModelOutput(ModelOutput):
 
 class CocoaModelMixin:
     """
-    Turns a stock Qwen2-VL base model into an embedding model: attention that reads both ways, and an EOS pooler.
+    Turns a stock Qwen-VL base model into an embedding model: attention that reads both ways, and an EOS pooler.
 
     Put it before the stock class: `class CocoaQwen2VLModel(CocoaModelMixin, Qwen2VLModel)`.
 
@@ -72,8 +69,24 @@ class CocoaModelMixin:
     `attn_implementation="eager"` runs the stock layers on the padded batch instead: the plain reference.
     """
 
-    packed_layers: ClassVar[dict[type[nn.Module], type[nn.Module]]] = {}
-    """Of each stock module that works otherwise on packed rows, the class that does."""
+    key_mapping: ClassVar[dict[str, str]] = {
+        r"^(?:model\.)?visual\.": "visual.",
+        r"^(?:model\.)?(?:language_model\.)?(?:model\.)?embed_tokens\.": "language_model.embed_tokens.",
+        r"^(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.": "language_model.layers.",
+        r"^(?:model\.)?(?:language_model\.)?(?:model\.)?norm\.": "language_model.norm.",
+    }
+    """From every layout that weights are published in to the base model's own names."""
+
+    hub_prefixes: ClassVar[dict[str, str]] = {"language_model.": "model."}
+    """Beginnings of the base model's own names, and what the Hub's files of this model have instead: weights are saved
+    with these."""
+
+    video_processor_class: ClassVar[type] = Qwen2VLVideoProcessor
+    """The stock video processor, whose defaults of `image_mean` and `image_std` the weights were trained with."""
+
+    has_timestamps: ClassVar[bool] = False
+    """Whether the stock processor writes its time and the tokens around each frame of a video, and limits the pixels
+    of all frames together."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\.weight$"]
 
@@ -86,34 +99,42 @@ class CocoaModelMixin:
             )
         # On the text configuration, not on the top-level one, where the flag does nothing.
         config.text_config.is_causal = False
-        cocoa = CocoaConfig.from_model_config(config)
+        cocoa = CocoaSettings.from_model_config(config)
         config.cocoa = cocoa.to_dict()
-        if config._attn_implementation == FLEX_ATTENTION:
-            # The vision tower attends image by image, without a mask; flex has nothing to give it.
+        if config.vision_config._attn_implementation == VISION_ATTENTION:
+            # Of another model; transformers would look for a kernel of that name.
             config.vision_config._attn_implementation = "sdpa"
         super().__init__(config)
         self.cocoa = cocoa
         self.pooler = EosPooler(cocoa.eos_token_id)
-        for layer in self.language_model.layers:
-            # Before transformers 5.4, sdpa and flash attention ask the module, not the configuration, and would be
-            # causal in a batch without padding.
-            layer.self_attn.is_causal = False
-        # Quantizers look for linear layers by their very class.
-        kept = {nn.Linear} if getattr(config, "quantization_config", None) is not None else set()
-        for module in self.modules():
-            # The same module with another forward: weights, names, and how it was initialised stay.
-            if type(module) not in kept:
-                module.__class__ = self.packed_layers.get(type(module), type(module))
-        # By name, for sharding; stock collects the names of its own classes.
-        replaced = {old.__name__: new.__name__ for old, new in self.packed_layers.items()}
-        self._no_split_modules = {replaced.get(name, name) for name in self._no_split_modules}
+        self._attention = "sdpa"
+        select_rows(self.language_model.layers[-1].mlp)
+
+    @property
+    def attention(self) -> str:
+        """
+        How tokens attend, as `attn_implementation` or `set_attn_implementation` say: `"eager"` on the padded batch, or
+        what [`~packed_attention.attend`] takes on packed rows.
+        """
+        self.route_attention()
+        return self._attention
+
+    def route_attention(self) -> None:
+        """Have stock layers call our attention functions, whatever implementation was set on them since."""
+        text, vision = self.language_model.config, self.visual.config
+        if text._attn_implementation != TEXT_ATTENTION:
+            self._attention = text._attn_implementation
+            if self._attention != "eager":
+                text._attn_implementation = TEXT_ATTENTION
+        if vision._attn_implementation != "eager" and "flash" not in vision._attn_implementation:
+            vision._attn_implementation = VISION_ATTENTION
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, *model_args: Any, **kwargs: Any
     ) -> CocoaModelMixin:
         """
-        Load a CoCoA checkpoint, or make a CoCoA model of a generative Qwen2-VL / Qwen2.5-VL checkpoint.
+        Load a CoCoA checkpoint, or make a CoCoA model of a generative Qwen-VL checkpoint.
 
         Takes the flat configuration that the Hub's files have and the nested one of transformers 5, and weights named
         `visual.*` + `model.layers.*`, `model.visual.*` + `model.language_model.*`, or as the base model names them.
@@ -134,7 +155,7 @@ class CocoaModelMixin:
                 f"{cls.config_class.model_type!r}."
             )
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, key_mapping=KEY_MAPPING, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, *model_args, key_mapping=cls.key_mapping, output_loading_info=True, **kwargs
         )
         missing = sorted(info["missing_keys"])
         unexpected = sorted(info["unexpected_keys"])
@@ -142,7 +163,7 @@ class CocoaModelMixin:
             if keys:
                 raise ValueError(
                     f"{pretrained_model_name_or_path} {kind} {len(keys)} weights for {cls.__name__}, among them "
-                    f"{keys[:3]}. The checkpoint is incomplete, or not a Qwen2-VL model."
+                    f"{keys[:3]}. The checkpoint is incomplete, or of another model."
                 )
         keep_quantized_weights(model)
         return (model, info) if return_info else model
@@ -159,7 +180,7 @@ class CocoaModelMixin:
         """
         from transformers.core_model_loading import WeightRenaming
 
-        kwargs.setdefault("weight_mapping", [WeightRenaming(*names) for names in KEY_MAPPING.items()])
+        kwargs.setdefault("weight_mapping", [WeightRenaming(*names) for names in self.key_mapping.items()])
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         for kind, keys in (("lacks", sorted(info.missing_keys)), ("has unknown", sorted(info.unexpected_keys))):
             if keys:
@@ -173,22 +194,16 @@ class CocoaModelMixin:
                 )
         return info
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *, processor: Any = None, **kwargs: Any) -> None:
         """
-        [`~transformers.PreTrainedModel.save_pretrained`], with weight names and `architectures` that the stock base
-        class loads, and the model's own code beside the weights.
+        Write a folder that transformers and sentence-transformers load, whole or not at all; with `push_to_hub=True`,
+        upload it. See [`~model_folder.save_folder`] for the arguments.
         """
-        # The "original format" would be names made from KEY_MAPPING's patterns.
-        super().save_pretrained(save_directory, **{**kwargs, "save_original_format": False})
-        path = Path(save_directory) / "config.json"
-        if path.exists():
-            config = json.loads(path.read_text(encoding="utf-8"))
-            config["architectures"] = [stock_class(type(self)).__name__]
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_folder(self, save_directory, processor=processor, **kwargs)
 
     def extra_repr(self) -> str:
         """How packed rows attend, in front of the modules."""
-        kernel = self.language_model.config._attn_implementation
+        kernel = self.attention
         if kernel == "sdpa":
             kernel = sdpa_kernel(self.device, self.dtype)
         return f"attention={kernel}"
@@ -227,14 +242,12 @@ class CocoaModelMixin:
         if image_grid_thw is None and video_grid_thw is None:
             # All text counts up in all three directions; the general way goes row by row in Python.
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
-        known = inspect.signature(self.get_rope_index).parameters
-        if "mm_token_type_ids" in known:
-            kwargs["mm_token_type_ids"] = self.media_types(input_ids)
-        if "second_per_grid_ts" in known and video_grid_thw is not None:
+        if video_grid_thw is not None:
             # Stock's own default, but one a video: stock has as many as a row has tokens, which may be fewer.
             kwargs.setdefault("second_per_grid_ts", [1] * len(video_grid_thw))
         return self.get_rope_index(
             input_ids,
+            mm_token_type_ids=self.media_types(input_ids),
             image_grid_thw=image_grid_thw,
             video_grid_thw=video_grid_thw,
             attention_mask=attention_mask,
@@ -264,18 +277,17 @@ class CocoaModelMixin:
             attention_mask (`Tensor` of shape `(batch, tokens)`, *optional*): 0 for padding, on either side.
             position_ids (`Tensor` of shape `(3, batch, tokens)` or `(batch, tokens)`, *optional*): Rotary positions;
                 worked out from the ids and grids where not given.
-            inputs_embeds (`Tensor` of shape `(batch, tokens, hidden)`, *optional*): Instead of `input_ids`, with
-                `position_ids`.
+            inputs_embeds (`Tensor` of shape `(batch, tokens, hidden)`, *optional*): Beside `input_ids`; or instead of
+                them, with `position_ids`, for a padded batch.
             pixel_values, pixel_values_videos (`Tensor` of shape `(patches, channels * time * height * width)`).
             image_grid_thw, video_grid_thw (`Tensor` of shape `(images or videos, 3)`): Patches in time, height, width.
             mm_token_type_ids (`Tensor` of shape `(batch, tokens)`, *optional*): Accepted since processors give it;
                 the ids say the same.
             second_per_grid_ts (`Tensor` of shape `(videos,)`, *optional*): Seconds a temporal patch, for Qwen2.5-VL.
-            image_features (`Tensor` of shape `(image tokens, hidden)`, *optional*): With `image_grid_thw`, instead of
+            image_features (`Tensor` of shape `(image tokens, ...)`, *optional*): With `image_grid_thw`, instead of
                 `pixel_values`: what [`~CocoaModelMixin.encode_images`] gave for the images, one after another. So an
                 image that occurs several times passes the vision tower once.
-            eos_only (`bool`, defaults to `False`): Give the embeddings alone, and have the last layer compute no other
-                token: faster, with the same gradients.
+            eos_only (`bool`, defaults to `False`): Give the embeddings alone.
             use_cache, return_dict (*optional*): Accepted since callers pass them; there is no cache, and the result is
                 always a [`CocoaModelOutput`].
 
@@ -304,37 +316,48 @@ class CocoaModelMixin:
             position_ids = self.mrope_positions(input_ids, attention_mask, image_grid_thw, video_grid_thw, **seconds)
         elif position_ids.ndim == 2:
             position_ids = position_ids.expand(3, -1, -1)
-        if input_ids is not None and self.language_model.config._attn_implementation != "eager":
-            media = {}
-            if pixel_values is not None:
-                image_features = torch.cat(self.encode_images(pixel_values, image_grid_thw))
-            if image_features is not None:
-                media[self.config.image_token_id] = image_features
-            if pixel_values_videos is not None:
-                media[self.config.video_token_id] = torch.cat(self.encode_images(pixel_values_videos, video_grid_thw))
-            return self.forward_packed(input_ids, attention_mask, position_ids, inputs_embeds, media, eos_only)
+        media = {}
+        if pixel_values is not None:
+            image_features = torch.cat(self.encode_images(pixel_values, image_grid_thw))
         if image_features is not None:
-            inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-            is_image = (input_ids == self.config.image_token_id)[..., None]
-            inputs_embeds = inputs_embeds.masked_scatter(is_image, image_features.to(inputs_embeds))
-        hidden = (
-            super()
-            .forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                pixel_values=pixel_values,
-                pixel_values_videos=pixel_values_videos,
-                image_grid_thw=image_grid_thw,
-                video_grid_thw=video_grid_thw,
-                use_cache=False,
-                return_dict=True,
+            media[self.config.image_token_id] = image_features
+        if pixel_values_videos is not None:
+            media[self.config.video_token_id] = torch.cat(self.encode_images(pixel_values_videos, video_grid_thw))
+        is_visual, features = self.join_media(input_ids, media)
+        if input_ids is not None and self.attention != "eager":
+            packing = pack(attention_mask.long())  # every token a source's
+            ids = input_ids.flatten()[packing.index]
+            self.pooler.check(ids[packing.eos])
+            if inputs_embeds is None:
+                row = self.get_input_embeddings()(ids)
+            else:
+                row = inputs_embeds.flatten(0, 1).index_select(0, packing.index)
+            # Not where gradients are wanted, for which checkpointing may run the layer again, outside of this.
+            eos_alone = eos_only and not torch.is_grad_enabled()
+            with compute_rows(packing.eos, len(row)) if eos_alone else nullcontext():
+                row = self.run_packed(row, position_ids, packing, is_visual, features)
+            packing = packing.to(row.device)  # where the layers are spread over devices
+            return CocoaModelOutput(
+                last_hidden_state=None if eos_only else packing.unpack(row, input_ids.shape),
+                pooler_output=nn.functional.normalize(row.index_select(0, packing.eos), dim=-1),
             )
-            .last_hidden_state
-        )
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        hidden = self.run_padded(inputs_embeds, position_ids, attention_mask, is_visual, features)
         pooled = self.pooler(hidden, attention_mask, input_ids)
         return CocoaModelOutput(last_hidden_state=None if eos_only else hidden, pooler_output=pooled)
+
+    def join_media(self, input_ids: Tensor | None, media: dict[int, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """
+        Which tokens of a batch are of images or videos, `(batch, tokens)`, and the features of all of them in the
+        order of the batch, from the features of each kind by the id of its tokens; `None` where there are none.
+        """
+        if not media:
+            return None, None
+        is_visual = torch.isin(input_ids, torch.tensor(list(media), device=input_ids.device))
+        ids = input_ids[is_visual]
+        order = torch.cat([(ids == token).nonzero()[:, 0] for token in media]).argsort()
+        return is_visual, torch.cat(list(media.values())).index_select(0, order)
 
     def encode_images(self, pixel_values: Tensor, grid_thw: Tensor) -> list[Tensor]:
         """
@@ -346,31 +369,23 @@ class CocoaModelMixin:
             grid_thw (`Tensor` of shape `(images, 3)`).
 
         Returns:
-            `list[Tensor]`: One an image, of shape `(tokens, hidden)`.
+            `list[Tensor]`: One an image, of shape `(tokens, hidden * (1 + deepstack layers))`; only Qwen3-VL has the
+            latter.
         """
-        keep_freed_memory()
-        sizes = grid_thw.prod(-1)
-        order = sizes.argsort(stable=True)
-        if bool((order[1:] < order[:-1]).any()):
-            values = pixel_values.split(sizes.tolist())
-            pixel_values = torch.cat([values[image] for image in order.tolist()])
         limit = CPU_VISION_PATCHES if pixel_values.device.type == "cpu" else len(pixel_values)
+        self.route_attention()
         features: list[Tensor] = []
         done = 0
-        for grids in split_by_patches(grid_thw[order], limit):
+        for grids in split_by_patches(grid_thw, limit):
             patches = int(grids.prod(-1).sum())
             pixels = pixel_values[done : done + patches]
+            features += self.vision_features(pixels, grids)
             done += patches
-            filling = missing_rows(patches, pixels.device)
-            place = int((grids.prod(-1) < filling).sum())
-            if filling:  # one more image, of two rows of patches, in its place by size
-                before = int(grids[:place].prod(-1).sum())
-                pixels = torch.cat([pixels[:before], pixels.new_zeros(filling, pixels.shape[1]), pixels[before:]])
-                grids = torch.cat([grids[:place], grids.new_tensor([[1, 2, filling // 2]]), grids[place:]])
-            found = list(self.get_image_features(pixels, grids, return_dict=True).pooler_output)
-            features += found[:place] + found[place + bool(filling) :]
-        places = order.argsort().tolist()
-        return [features[place] for place in places]
+        return features
+
+    def vision_features(self, pixel_values: Tensor, grid_thw: Tensor) -> Sequence[Tensor]:
+        """[`~CocoaModelMixin.encode_images`] of images that pass the vision tower at once."""
+        return self.get_image_features(pixel_values, grid_thw, return_dict=True).pooler_output
 
     def dummy_vision_sum(self) -> Tensor:
         """
@@ -383,68 +398,87 @@ class CocoaModelMixin:
         pixels = torch.zeros(int(grid.prod()), width, device=self.device)
         return self.encode_images(pixels, grid)[0].float().sum()
 
-    def forward_packed(
+    def run_packed(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        row: Tensor,
         position_ids: Tensor,
-        inputs_embeds: Tensor | None,
-        media: dict[int, Tensor],
-        eos_only: bool,
-    ) -> CocoaModelOutput:
-        """[`~CocoaModelMixin.forward`] on one row without padding; `media`: features, by the id of their tokens."""
-        keep_freed_memory()
-        shape = input_ids.shape
-        filling = missing_rows(int(attention_mask.sum()), input_ids.device)
-        if filling:
-            width = max(shape[1], filling) - shape[1]
-            input_ids = nn.functional.pad(input_ids, (0, width, 0, 1), value=self.cocoa.eos_token_id)
-            position_ids = nn.functional.pad(position_ids, (0, width, 0, 1))
-            attention_mask = nn.functional.pad(attention_mask, (0, width, 0, 1))
-            attention_mask[-1, :filling] = 1
-            if inputs_embeds is not None:
-                inputs_embeds = nn.functional.pad(inputs_embeds, (0, 0, 0, width, 0, 1))
-        packing = pack(attention_mask.long())
-        ids = input_ids.flatten()[packing.index]
-        self.pooler.check(ids[packing.eos])
-        if inputs_embeds is None:
-            hidden = self.get_input_embeddings()(ids)
-        else:
-            hidden = inputs_embeds.flatten(0, 1).index_select(0, packing.index)
-        for token, features in media.items():
-            # Features come in the batch's order; tokens lie in the packed one.
-            places = (ids == token).nonzero()[:, 0]
-            places = places[packing.index[places].argsort()]
-            hidden = hidden.index_copy(0, places, features.to(hidden))
-        hidden = self.run_layers(hidden, position_ids.flatten(1)[:, packing.index], packing, eos_only)
-        packing = packing.to(hidden.device)  # where the layers are spread over devices
-        if eos_only:
-            pooled = torch.empty_like(hidden).index_copy(0, packing.order, hidden)[: shape[0]]
-            return CocoaModelOutput(pooler_output=nn.functional.normalize(pooled, dim=-1))
-        return CocoaModelOutput(
-            last_hidden_state=packing.unpack(hidden, input_ids.shape)[: shape[0], : shape[1]],
-            pooler_output=nn.functional.normalize(hidden.index_select(0, packing.eos[: shape[0]]), dim=-1),
-        )
-
-    def run_layers(self, hidden: Tensor, positions: Tensor, packing: Packing, eos_only: bool = False) -> Tensor:
+        packing: Packing,
+        is_visual: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
         """
-        The text layers and the last norm over a packed row.
+        The text layers and the last norm over a batch packed into one row.
 
         Args:
-            hidden (`Tensor` of shape `(tokens, hidden)`): Input embeddings.
-            positions (`Tensor` of shape `(3, tokens)`): Rotary positions.
-            packing ([`Packing`]).
-            eos_only (`bool`, defaults to `False`): Of the last layer, only the EOS tokens.
+            row (`Tensor` of shape `(tokens in the row, hidden)`): Input embeddings, packed.
+            position_ids (`Tensor` of shape `(3, batch, tokens)`): Rotary positions of the batch.
+            packing ([`Packing`]): Of the batch.
+            is_visual (`Tensor` of bool, shape `(batch, tokens)`, *optional*): Tokens of images and videos.
+            features (`Tensor` of shape `(visual tokens, ...)`, *optional*): Theirs, in the order of the batch.
 
         Returns:
-            `Tensor` of shape `(tokens, hidden)`, or `(batch, hidden)` in packed order with `eos_only`.
+            `Tensor` of shape `(tokens in the row, hidden)`.
         """
-        text = self.language_model
-        rotary = tuple(part[0] for part in merged_rotary(text, hidden, positions[:, None]))
-        for layer in text.layers:
-            is_last = layer is text.layers[-1]
-            hidden = layer(hidden, packing=packing, eos_only=eos_only and is_last, position_embeddings=rotary)
-        return text.norm(hidden)
+        inputs: dict[str, Any] = {"inputs_embeds": row[None]}
+        if features is not None:
+            is_visual = is_visual.flatten()
+            places = is_visual[packing.index].nonzero()[:, 0]
+            order = (is_visual.cumsum(0) - 1)[packing.index[places]]
+            inputs = self.place_features(row[None], places, features.index_select(0, order))
+        return self.language_model(
+            **inputs,
+            position_ids=position_ids.flatten(1)[:, None, packing.index],
+            attention_mask=None,
+            use_cache=False,
+            packed_attention=partial(attend_row, packing=packing, implementation=self.attention),
+        ).last_hidden_state[0]
+
+    def run_padded(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Any,
+        is_visual: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """
+        The text layers and the last norm over a padded batch: the plain reference of
+        [`~CocoaModelMixin.run_packed`].
+
+        Args:
+            inputs_embeds (`Tensor` of shape `(batch, tokens, hidden)`).
+            position_ids (`Tensor` of shape `(3, batch, tokens)`): Rotary positions.
+            attention_mask: As the stock text model takes it.
+            is_visual, features (*optional*): As in [`~CocoaModelMixin.run_packed`].
+
+        Returns:
+            `Tensor` of shape `(batch, tokens, hidden)`.
+        """
+        inputs: dict[str, Any] = {"inputs_embeds": inputs_embeds}
+        if features is not None:
+            inputs = self.place_features(inputs_embeds, is_visual.flatten().nonzero()[:, 0], features)
+        return self.language_model(
+            **inputs, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+
+    @staticmethod
+    def place_features(inputs_embeds: Tensor, places: Tensor, features: Tensor) -> dict[str, Any]:
+        """
+        What the stock text model takes of input embeddings and the features of images and videos.
+
+        Args:
+            inputs_embeds (`Tensor` of shape `(batch, tokens, hidden)`).
+            places (`Tensor` of shape `(visual tokens,)`): Of the flattened batch, ascending.
+            features (`Tensor` of shape `(visual tokens, hidden * (1 + deepstack layers))`): What replaces the input
+                embeddings, and beside it what Qwen3-VL adds to the hidden states after each of its first layers.
+        """
+        own, *deepstack = features.to(inputs_embeds).split(inputs_embeds.shape[-1], dim=-1)
+        inputs = {"inputs_embeds": inputs_embeds.flatten(0, 1).index_copy(0, places, own).view_as(inputs_embeds)}
+        if deepstack:
+            is_visual = inputs_embeds.new_zeros(inputs_embeds.shape[:2].numel(), dtype=torch.bool)
+            is_visual = is_visual.index_fill(0, places, True).view(inputs_embeds.shape[:2])
+            inputs |= {"visual_pos_masks": is_visual, "deepstack_visual_embeds": deepstack}
+        return inputs
 
 
 def keep_quantized_weights(model: nn.Module) -> None:
@@ -462,12 +496,6 @@ def keep_quantized_weights(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def missing_rows(rows: int, device: torch.device) -> int:
-    """How many rows fill a number of them up to a multiple of [`CPU_ROWS`]; none where that is of no use."""
-    is_of_use = device.type == "cpu" and rows >= CONVOLUTION_ROWS and not torch.is_grad_enabled()
-    return -rows % CPU_ROWS if is_of_use else 0
-
-
 def split_by_patches(grid_thw: Tensor, limit: int) -> list[Tensor]:
     """Grids of images `(images, 3)`, parted so that each part has at most so many patches, or one image."""
     counts, patches = [], 0
@@ -478,8 +506,3 @@ def split_by_patches(grid_thw: Tensor, limit: int) -> list[Tensor]:
         counts[-1] += 1
         patches += size
     return list(grid_thw.split(counts))
-
-
-def stock_class(cls: type) -> type:
-    """The transformers class that a CoCoA backbone subclasses."""
-    return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))

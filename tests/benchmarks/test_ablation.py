@@ -81,6 +81,7 @@ def test_the_causal_arm_sees_no_later_token():
     torch.testing.assert_close(eos, found.pooler_output, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_is_kept_and_its_checkpoints_are_not(tmp_path):
     settings = yaml.safe_load(ablation.SETTINGS.read_text())
     for stage in settings["recipe"]["stages"].values():

@@ -13,6 +13,7 @@ from torch import nn
 from benchmarks.memory import RESULT, SHAPES, activations, bytes_kept, count_weights, markdown, needed, saved_bytes
 
 PUBLISHED = {"Qwen2-VL-2B": 2.21, "Qwen2-VL-7B": 8.29, "Qwen2.5-VL-3B": 3.75, "Qwen2.5-VL-7B": 8.29}
+PUBLISHED |= {"Qwen3-VL-2B": 2.13, "Qwen3-VL-4B": 4.44, "Qwen3-VL-8B": 8.77}
 """Billions, as the models' pages say."""
 
 

@@ -12,9 +12,10 @@ from benchmarks.photos import PHOTOS, SIDES, WAYS, bench_photos
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("photos", "sides", "ways"),
-    [((8, 32), (2400, 1800), WAYS[:2]), pytest.param(PHOTOS, SIDES, WAYS, marks=pytest.mark.slow)],
+    [((8, 32), (2400, 1800), WAYS[:2]), (PHOTOS, SIDES, WAYS)],
 )
 def test_four_times_as_many_photos_take_as_much_memory(photos, sides, ways):
     report = bench_photos(TINY, photos, sides, ways)

@@ -19,10 +19,10 @@ from benchmarks.ablation_debian import paragraphs, plain, read_packages
 from benchmarks.ablation_pairs import split_rows, unigram_loss, without_near_duplicates
 from benchmarks.ablation_wordnet import TASK, read_synsets
 from benchmarks.causal import make_causal
+from benchmarks.qwen2_tokenizer import build_qwen2_tokenizer
 from benchmarks.smollm2 import as_backbone, as_processor, check_start, load_smollm2
 from modeling_cocoa.reconstruction import CocoaForReconstruction
 from modeling_cocoa.saving import save_cocoa
-from tests.qwen2_tokenizer import build_qwen2_tokenizer
 
 SETTINGS = ablation.SETTINGS.with_name("ablation_wordnet_few.yaml")
 LICENCE = "  1 This software and database is being provided to you\n"
@@ -175,6 +175,7 @@ def test_rows_that_are_there_stay(tmp_path, monkeypatch, llama, processor):
     assert facts["start"]["difference"] < 1e-4 and (ablation_pairs.FOLDER / "start" / "modules.json").is_file()
 
 
+@pytest.mark.slow
 def test_an_arm_runs_from_the_start_to_its_ranks(tmp_path, monkeypatch, llama, processor):
     monkeypatch.chdir(tmp_path)
     ablation_pairs.FOLDER.mkdir(parents=True)

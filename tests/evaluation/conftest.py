@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from PIL import Image
 
 from evaluation.emoji_tasks import write_emoji_tasks
-from evaluation.mmeb_tasks import MMEB_V1
+from evaluation.mmeb.data import load_tasks, read_task
+from evaluation.mmeb.tasks import MMEB_V1
 
 DIMENSIONS = 24
 TINY = "checkpoints/cocoa-tiny"
@@ -20,10 +22,11 @@ MARKER = "<|image_1|>"
 TASKS = {task.name: task for task in MMEB_V1}
 
 
-class StubModel:
+class StubModel(torch.nn.Module):
     """`encode_query` and `encode_document` as sentence-transformers has them; the same input, the same vector."""
 
     def __init__(self):
+        super().__init__()
         self.encoded = {"query": 0, "document": 0}
 
     def encode_query(self, inputs, **options):
@@ -33,7 +36,7 @@ class StubModel:
         return self._encode("document", inputs, **options)
 
     def _encode(self, task, inputs, *, normalize_embeddings, show_progress_bar, batch_size=32):
-        assert normalize_embeddings and not show_progress_bar
+        assert normalize_embeddings
         self.encoded[task] += len(inputs)
         return np.stack([self.vector(item) for item in inputs])
 
@@ -132,6 +135,12 @@ def data(tmp_path):
     return write
 
 
+def read(task, source, images, **options):
+    """A task's queries and candidates, out of its files."""
+    data = load_tasks([task], source, images)
+    return read_task(task, data.rows[task], data.image_dir, **options)
+
+
 RED, BLUE, BOTH = [1.0, 0.0], [0.0, 1.0], [2**-0.5, 2**-0.5]
 VECTORS = {  # of an input, by its image and its text
     (None, "red"): RED,
@@ -154,8 +163,8 @@ class Fixed:
 
     name, fingerprint, weights = "fixed", "f" * 64, "w" * 64
 
-    def __init__(self, table, resolution=None):
-        self.table, self.resolution, self.seen = table, resolution, []
+    def __init__(self, table, image_resolution=None):
+        self.table, self.image_resolution, self.seen = table, image_resolution, []
 
     def check(self, task, items):
         assert {item.image or item.text for item in items}

@@ -18,7 +18,7 @@ def test_an_installed_package_carries_them_inside(tmp_path, monkeypatch):
     assert assets.asset_path("data/emoji.parquet") == tmp_path / "data" / "emoji.parquet"
 
 
-def test_a_missing_asset_is_named_with_the_place_and_the_mend(tmp_path, monkeypatch):
+def test_a_missing_asset_is_named_with_the_place_and_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(assets, "INSTALLED", tmp_path)
     with pytest.raises(FileNotFoundError, match=f"checkpoints/none is not in {tmp_path}; install"):
         assets.asset_path("checkpoints/none")

@@ -23,11 +23,11 @@ from transformers import (
 )
 
 from evaluation.assets import asset_path
-from evaluation.encoders import Encoder, check_item, picture
-from evaluation.mmeb import evaluate_model
-from evaluation.mmeb_data import Item
-from evaluation.mmeb_report import THUMBNAIL, render_image
-from modeling_cocoa import inputs
+from evaluation.encoders import Encoder
+from evaluation.mmeb.data import Item, load_tasks
+from evaluation.mmeb.evaluate import evaluate_model
+from evaluation.mmeb.report import THUMBNAIL, render_image
+from modeling_cocoa import media
 from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 from tests.evaluation.conftest import ROWS, TASKS, TINY
@@ -53,6 +53,12 @@ def others(tmp_path_factory):
     sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     CLIPProcessor(CLIPImageProcessor(**sizes), tokenizer).save_pretrained(folder / "clip")
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The tiny checkpoint, in our way and in the stock one."""
+    return [Encoder(str(asset_path(TINY)), is_cocoa=is_cocoa) for is_cocoa in (True, False)]
 
 
 def text(value):
@@ -91,24 +97,29 @@ def test_what_a_model_does_not_take_is_said_before_anything_is_embedded(tmp_path
         **ROWS,
         "EDIS": [{"qry_text": "a", "qry_img_path": "", "tgt_text": ["", ""], "tgt_img_path": ["a.png", "b.png"]}],
     }
-    where, options = (data(rows), tmp_path / "images", tmp_path / "out"), {"show_progress_bar": False}
+    source = data(rows)
+
+    def evaluate(encoder, task):
+        loaded = load_tasks([TASKS[task]], source, tmp_path / "images")
+        return evaluate_model(encoder, loaded, tmp_path / "out", show_progress_bar=False)
+
     with monkeypatch.context() as patch:
         patch.setattr(Encoder, "__call__", None)
         message = (
             "clip cannot be scored on VOC2007, which has inputs of image then text: the model takes text, image. "
         )
         with pytest.raises(ValueError, match=message):
-            evaluate_model(clip, [TASKS["VOC2007"]], *where, **options)
+            evaluate(clip, "VOC2007")
         bert = Encoder(str(others / "bert"), is_cocoa=False)
         with pytest.raises(
             ValueError, match="bert cannot be scored on EDIS, which has inputs of image: .* takes text. "
         ):
-            evaluate_model(bert, [TASKS["EDIS"]], *where, **options)
-    scores = evaluate_model(clip, [TASKS["EDIS"]], *where, **options)
+            evaluate(bert, "EDIS")
+    scores = evaluate(clip, "EDIS")
     assert scores.tasks[0].inputs == 3, "texts and images that stand alone can be scored"
 
 
-def test_the_order_of_places_is_not_lost(tmp_path, clip):
+def test_the_order_of_places_is_not_lost(clip, tiny):
     """A model that takes an image and a text together, and no messages, may put them in its own order."""
     module = clip.model[0]
     module.modality_config = {**module.modality_config, ("image", "text"): module.modality_config["text"]}
@@ -117,11 +128,11 @@ def test_the_order_of_places_is_not_lost(tmp_path, clip):
     for item, kinds in ((before, "text then image then text"), (Item(before.places[:2]), "text then image")):
         with pytest.raises(ValueError, match=f"has inputs of {kinds}: the model takes text, image, image.text"):
             clip.check("VOC2007", [item])
-    for is_cocoa in (True, False):
-        Encoder(str(asset_path(TINY)), is_cocoa=is_cocoa).check("VOC2007", [before])
+    for encoder in tiny:
+        encoder.check("VOC2007", [before])
 
 
-def test_a_picture_of_any_kind_is_the_same_for_every_model(tmp_path):
+def test_a_picture_of_any_kind_is_the_same_for_every_model(tmp_path, tiny):
     """16-bit grey, palettes, transparency, turned by EXIF: decoded once, by us."""
     pixels = np.zeros((80, 160, 3), np.uint8)
     pixels[:, :80, 0], pixels[40:, 80:, 2] = 255, 255
@@ -137,7 +148,7 @@ def test_a_picture_of_any_kind_is_the_same_for_every_model(tmp_path):
     hidden = np.dstack([np.zeros_like(pixels), np.where(pixels[..., 0] > 0, 255, 0).astype(np.uint8)])
     Image.fromarray(hidden).save(tmp_path / "hidden.png")  # black all over, of which transparency shows a half
     items.append(image(tmp_path / "hidden.png", "\nhi\n"))
-    ours, stock = (Encoder(str(asset_path(TINY)), is_cocoa=is_cocoa)(items) for is_cocoa in (True, False))
+    ours, stock = (encoder(items) for encoder in tiny)
     np.testing.assert_allclose(ours, stock, atol=1e-5)
     content = [[{"type": "image", "path": item.image}, {"type": "text", "text": "\nhi\n"}] for item in items]
     encoded = CocoaTransformer(asset_path(TINY)).encode([{"role": "user", "content": parts} for parts in content])
@@ -163,24 +174,45 @@ def test_a_checkpoint_that_shortens_its_vectors_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(3, 50), (2, 300), (27, 6000), (1, 1)])
-def test_a_picture_with_a_short_side_is_stretched_whatever_its_shape(tmp_path, size):
-    Image.new("RGB", size, "red").save(tmp_path / "a.png")
-    assert picture(str(tmp_path / "a.png"), None).size == (56, 56)
-    check_item(image(tmp_path / "a.png"), None)
+def test_a_picture_with_a_short_side_is_stretched_whatever_its_shape(tmp_path, tiny, size):
+    for name, shown in (("a", size), ("b", (56, 56))):
+        Image.new("RGB", shown, "red").save(tmp_path / f"{name}.png")
+    for encoder in tiny:
+        vectors = encoder([image(tmp_path / "a.png"), image(tmp_path / "b.png")])
+        np.testing.assert_allclose(*vectors, atol=1e-6)
 
 
-def test_a_long_picture_is_stretched_where_a_resolution_is_given(tmp_path, monkeypatch):
+def test_a_long_picture_is_stretched_where_a_resolution_is_given(tmp_path, tiny, monkeypatch):
     """And where none is, the model's own limit holds, as in the benchmark's evaluator."""
     path = tmp_path / "a.png"
     Image.new("RGB", (8000, 30), "red").save(path)
-    check_item(image(path), "low")
-    Encoder(str(asset_path(TINY)), resolution="low")([image(path)])
-    with pytest.raises(CocoaInputError, match="a.png is 8000x30 pixels; one side may be at most 200 times the other"):
-        check_item(image(path), None)
-    monkeypatch.setattr(inputs, "MAX_IMAGE_PIXELS", 8000 * 30 - 1)
-    for resolution in ("low", None):
-        with pytest.raises(CocoaInputError, match="a.png is 8000x30 pixels, more than the limit"):
-            check_item(image(path), resolution)
+    items = [text("a cat"), image(path)]
+    for encoder in tiny:
+        monkeypatch.setattr(encoder, "image_resolution", "low")
+        assert encoder(items).shape == (2, 192)
+        monkeypatch.setattr(encoder, "image_resolution", None)
+        message = "a.png is 8000x30 pixels; one side may be at most 200 times the other"
+        with pytest.raises(CocoaInputError, match=f"Item 1: .*{message}"):
+            encoder(items)
+    monkeypatch.setattr(media, "MAX_IMAGE_PIXELS", 8000 * 30 - 1)
+    for encoder in tiny:
+        for resolution in ("low", None):
+            monkeypatch.setattr(encoder, "image_resolution", resolution)
+            with pytest.raises(CocoaInputError, match="Item 1: .*a.png is 8000x30 pixels, more than the limit"):
+                encoder(items)
+
+
+def test_an_image_is_decoded_once_in_an_evaluation(tmp_path, data, tiny, monkeypatch):
+    """And its file is read to the end once more, for its digest."""
+    source, decoded, load = data({"VOC2007": ROWS["VOC2007"]}), [], media.load_image
+    monkeypatch.setattr(
+        "modeling_cocoa.inputs.load_image", lambda value, *size: decoded.append(value) or load(value, *size)
+    )
+    loaded = load_tasks([TASKS["VOC2007"]], source, tmp_path / "images")
+    evaluate_model(tiny[0], loaded, tmp_path / "out", show_progress_bar=False)
+    assert sorted(decoded) == [str(tmp_path / "images" / f"{name}.png") for name in "ab"]
+    evaluate_model(tiny[0], loaded, tmp_path / "out", show_progress_bar=False)
+    assert len(decoded) == 2, "and never again while its vector is kept"
 
 
 def test_a_model_that_is_not_on_the_hub_either_is_said(monkeypatch):

@@ -1,22 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kept vectors: nothing computed twice, nothing lost, nothing taken for another."""
 
-import copy
 import hashlib
 import os
 
 import numpy as np
 import pytest
-import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Router
-from sentence_transformers.sentence_transformer.modules import Pooling
 
 from evaluation import vectors
-from evaluation.assets import asset_path
-from evaluation.vectors import VectorStore, embed_missing, fingerprint
+from evaluation.vectors import VectorStore, embed_missing
 from modeling_cocoa.inputs import CocoaInputError
-from modeling_cocoa.sentence_transformer import CocoaTransformer
 
 
 def key(text):
@@ -120,90 +113,16 @@ def test_bad_inputs_are_named_or_skipped(tmp_path, inputs):
     with pytest.raises(CocoaInputError, match="Item 6: it is bad"):
         embed(Counting(bad={"6", "7"}), inputs, tmp_path / "raise")
     skipped = {}
-
-    def readable(text):
-        if text in ("5", "6"):
-            raise CocoaInputError("it is bad.")
-
     counting = Counting(bad={"5", "6", "9"})
-    store = embed(counting, inputs, tmp_path / "skip", skip=skipped.__setitem__, readable=readable)
+    store = embed(counting, inputs, tmp_path / "skip", skip=skipped.__setitem__)
     assert skipped == dict.fromkeys(("5", "6", "9"), "it is bad.") and len(store) == 7
-    assert counting.calls == [["0", "1", "2", "3"], ["4", "7"], ["8"]]
+    assert counting.calls == [["0", "1", "2", "3"], ["4"], ["7"], ["8"]]
+    again = Counting(bad={"5", "6", "9"})
+    embed(again, inputs, tmp_path / "skip", skip=skipped.__setitem__)
+    assert not again.calls, "what stands beside a bad input is kept too"
 
 
 def test_a_vector_that_is_no_number_is_not_kept(tmp_path, inputs):
     with pytest.raises(ValueError, match="not numbers"):
         embed(lambda texts: np.full((len(texts), 2), np.nan), inputs, tmp_path)
     assert not len(VectorStore(tmp_path))
-
-
-@pytest.fixture(scope="module")
-def module():
-    return CocoaTransformer(str(asset_path("checkpoints/cocoa-tiny")))
-
-
-def test_a_fingerprint_is_of_all_that_decides_the_vectors(module):
-    known = fingerprint(module)
-    assert known == fingerprint(copy.deepcopy(module)), "and of nothing else"
-
-    def changed(change):
-        other = copy.deepcopy(module)
-        change(other)
-        return fingerprint(other)
-
-    def weight(other):
-        with torch.no_grad():
-            other.model.language_model.norm.weight[0] += 1e-3
-
-    changes = {
-        "weight": weight,
-        "dtype": lambda other: other.model.to(torch.bfloat16),
-        "length": lambda other: setattr(other.tokenizer, "model_max_length", 9),
-        "pixels": lambda other: (
-            other.processor.image_processor.size.update(longest_edge=1024)
-            if isinstance(other.processor.image_processor.size, dict)
-            else setattr(other.processor.image_processor.size, "longest_edge", 1024)
-        ),
-        "causal": lambda other: setattr(other.model.config.get_text_config(), "is_causal", True),
-        "prompt": lambda other: setattr(other.processor, "prompt", "Find it."),
-    }
-    found = {name: changed(change) for name, change in changes.items()}
-    assert len({known, *found.values()}) == len(found) + 1, {name: value == known for name, value in found.items()}
-
-
-def test_a_fingerprint_of_a_stock_model_sees_pooling_and_sizes():
-    path = str(asset_path("checkpoints/cocoa-tiny"))
-    known, same, mean, short = (SentenceTransformer(path, device="cpu") for _ in range(4))
-    mean[1].pooling_mode = "mean"
-    short.max_seq_length = 9
-    assert fingerprint(known) == fingerprint(same)
-    assert len({fingerprint(known), fingerprint(mean), fingerprint(short)}) == 3
-
-
-def test_a_fingerprint_of_a_stock_model_sees_all_that_its_modules_save():
-    """How they process inputs, how long a vector is, and what is within a router."""
-    path = str(asset_path("checkpoints/cocoa-tiny"))
-    model = SentenceTransformer(path, device="cpu")
-    known = fingerprint(model)
-    changes = (
-        ("processing_kwargs", {"image": {"do_normalize": False}}),
-        ("processing_kwargs", {"text": {"max_length": 4}}),
-        ("modality_config", {"text": model[0].modality_config["text"]}),
-    )
-    found = set()
-    for name, value in changes:
-        before = getattr(model[0], name)
-        setattr(model[0], name, value)
-        found.add(fingerprint(model))
-        setattr(model[0], name, before)
-    model.truncate_dim = 8
-    found.add(fingerprint(model))
-    model.truncate_dim = None
-    assert fingerprint(model) == known and len({known, *found}) == 5
-
-    def routed(*modes):
-        routes = {name: [model[0], Pooling(192, pooling_mode=mode)] for name, mode in zip("ab", modes, strict=True)}
-        return fingerprint(SentenceTransformer(modules=[Router(routes, default_route="a")], device="cpu"))
-
-    assert len({routed("mean", "cls"), routed("cls", "mean"), routed("cls", "cls")}) == 3
-    assert routed("cls", "mean") == routed("cls", "mean")

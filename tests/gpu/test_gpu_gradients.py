@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_cocoa.attention import FLEX_ATTENTION
+from modeling_cocoa.packed_attention import FLEX_ATTENTION
 from modeling_cocoa.reconstruction import CocoaForReconstruction
 from tests.gpu.conftest import gradients, lost, moved
 from tests.modeling_cocoa.test_modeling import batch_of, rows, with_backend
 from tests.modeling_cocoa.test_reconstruction import bridge_batch, reconstruction
 from tests.modeling_cocoa.test_saving import of_kind, random_model
-from trainers.collators import DIRECTIONS, ReconstructionCollator, model_arguments
+from trainers.data.collators import DIRECTIONS, ReconstructionCollator, model_arguments
 
 pytestmark = pytest.mark.gpu
 LOSSES = {
@@ -40,7 +40,7 @@ def step(request, model_type, processor, emoji):
         torch.manual_seed(0)
         model = CocoaForReconstruction(random_model(processor, model_type), **options)
     else:
-        batch = batch_of(rows(torch.Generator().manual_seed(3)), "left")
+        batch = batch_of(rows(model_type), "left")
         model = with_backend(model_type, "sdpa")
 
     def make(device, dtype=None, checkpointing=None):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling_cocoa.attention import FLEX_ATTENTION, PADDING, collaborative_mask
-from modeling_cocoa.packing import attend, pack
+from modeling_cocoa.attention import PADDING, collaborative_mask
+from modeling_cocoa.packed_attention import FLEX_ATTENTION, attend
+from modeling_cocoa.packing import pack
 from tests.gpu.conftest import HALF
 from tests.modeling_cocoa.test_packing import Attention, segments_of
 
@@ -40,7 +41,7 @@ def check(found: Tensor, expected: Tensor, bound: float, name: str, least: float
     assert float(error.max()) < bound, (name, float(error.max()))
 
 
-def compare(shapes, heads, dtype, device, *, left=False, eos_sees_target=True, eos_only=False, implementation="sdpa"):
+def compare(shapes, heads, dtype, device, *, left=False, eos_sees_target=True, implementation="sdpa"):
     """Outputs and the gradients of queries, keys and values."""
     bound = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
     segment_ids = segments_of(shapes, left).to(device)
@@ -53,23 +54,17 @@ def compare(shapes, heads, dtype, device, *, left=False, eos_sees_target=True, e
     parts = [part.to(device, dtype) for part in parts]
     upstream = torch.randn(*tokens, number, size, generator=generator).to(device, dtype)
     packing = pack(segment_ids, eos_sees_target)
-    chosen = packing.index
-    if eos_only:
-        chosen = packing.index[packing.eos[packing.order]]
     packed = [part.flatten(0, 1)[packing.index].requires_grad_() for part in parts]
-    query = packed[0][packing.eos[packing.order]] if eos_only else packed[0]
     module = Attention()
     module.num_key_value_groups = number // groups
-    output = attend(
-        module, query, *packed[1:], packing, implementation=implementation, scaling=size**-0.5, eos_only=eos_only
-    )
-    assert output.dtype == dtype and output.shape == (len(chosen), number * size)
-    output.backward(upstream.flatten(0, 1)[chosen].flatten(1))
+    output = attend(module, *packed, packing, implementation=implementation, scaling=size**-0.5)
+    assert output.dtype == dtype and output.shape == (len(packing.index), number * size)
+    output.backward(upstream.flatten(0, 1)[packing.index].flatten(1))
     exact = [part.double().requires_grad_() for part in parts]
     mask = collaborative_mask(segment_ids, eos_sees_target=eos_sees_target)
     mask = mask | (torch.eye(tokens[1], dtype=torch.bool, device=device) & ~real[:, None, :, None])
-    expected = attention(*exact, mask).flatten(0, 1)[chosen]
-    expected.backward(upstream.double().flatten(0, 1)[chosen])
+    expected = attention(*exact, mask).flatten(0, 1)[packing.index]
+    expected.backward(upstream.double().flatten(0, 1)[packing.index])
     check(output.unflatten(-1, (number, size)), expected, bound, "output")
     for name, part, whole in zip(("query", "key", "value"), packed, exact, strict=True):
         # Gradients of scores are differences, and zero where there is one key: their error is that of the two parts.
@@ -92,8 +87,6 @@ def test_packed_attention_is_attention_under_the_dense_mask(device, shapes, head
     for left, eos_sees_target in ((False, True), (True, False)):
         options = {"left": left, "eos_sees_target": eos_sees_target, "implementation": implementation}
         compare(rows, heads, dtype, device, **options)
-    rows = [(source, 0, 0) for source, _, _ in rows]
-    compare(rows, heads, dtype, device, eos_only=True, implementation=implementation)
 
 
 @pytest.mark.parametrize("eos_sees_target", [True, False])

@@ -14,8 +14,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from evaluation.emoji import load_emoji
-from modeling_cocoa.attention import FLEX_ATTENTION
 from modeling_cocoa.encoding import encode_inputs
+from modeling_cocoa.packed_attention import FLEX_ATTENTION
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
@@ -24,7 +24,7 @@ from tests.modeling_cocoa.conftest import make_image
 from tests.modeling_cocoa.test_modeling import batch_of, rows, with_backend
 from tests.modeling_cocoa.test_saving import VISION_CONFIGS, of_kind
 from tests.modeling_cocoa.test_sentence_transformer import mixture, module_of
-from trainers.from_scratch import build_model
+from trainers.recipes.from_scratch import build_model
 
 pytestmark = pytest.mark.gpu
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "cocoa-tiny"
@@ -61,7 +61,7 @@ def device_module(module: CocoaTransformer, device: torch.device, **to) -> Cocoa
 @pytest.mark.parametrize("eos_only", [False, True])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_forward_pass_is_that_of_the_cpu(model_type, device, padding_side, eos_only, implementation):
-    batch = batch_of(rows(torch.Generator().manual_seed(3)), padding_side)
+    batch = batch_of(rows(model_type), padding_side)
     expected = with_backend(model_type, "eager")(**batch)
     found = with_backend(model_type, implementation).to(device)(**moved(batch, device), eos_only=eos_only)
     same(found.pooler_output.cpu(), expected.pooler_output)
@@ -78,7 +78,7 @@ def test_a_forward_pass_is_that_of_the_cpu(model_type, device, padding_side, eos
 def test_a_forward_pass_in_half_precision_keeps_the_direction(model_type, device, dtype, implementation, padding_side):
     if implementation == "flash_attention_2":
         pytest.importorskip("flash_attn")
-    batch = batch_of(rows(torch.Generator().manual_seed(3)), padding_side)
+    batch = batch_of(rows(model_type), padding_side)
     expected = with_backend(model_type, "eager")(**batch).pooler_output
     dtype = HALF[dtype]
     half = with_backend(model_type, implementation).to(device, dtype)
@@ -86,7 +86,7 @@ def test_a_forward_pass_in_half_precision_keeps_the_direction(model_type, device
     assert lost_cosine(found, expected) < 16 * torch.finfo(dtype).eps ** 2
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_tokens": 30}, {"batch_size": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"batch_num_tokens": 30}, {"batch_size": 2}], ids=str)
 def test_encode_gives_the_vectors_of_the_cpu_in_their_order(module, device, items, options):
     expected = module.encode(items, prompt="Find it.")
     model = device_module(module, device).model
@@ -97,7 +97,7 @@ def test_encode_gives_the_vectors_of_the_cpu_in_their_order(module, device, item
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_encode_in_half_precision_keeps_the_direction(module, device, items, dtype):
-    found = device_module(module, device, dtype=HALF[dtype]).encode(items, batch_tokens=200)
+    found = device_module(module, device, dtype=HALF[dtype]).encode(items, batch_num_tokens=200)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
     assert lost_cosine(found, module.encode(items)) < 16 * torch.finfo(HALF[dtype]).eps ** 2
 
@@ -183,7 +183,7 @@ def test_too_little_memory_takes_smaller_batches(module, cuda, caplog):
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 64 * 2**20) / total)
     try:
         with caplog.at_level(logging.WARNING):
-            found = module.encode(texts, batch_tokens=10**6)
+            found = module.encode(texts, batch_num_tokens=10**6)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     same(found, expected)
@@ -194,7 +194,7 @@ def test_too_little_memory_takes_smaller_batches(module, cuda, caplog):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_flex_attention_gives_the_vectors_of_the_cpu(device, dtype):
     """Compiled on a GPU, hence last, and one backbone; its text layers are those of the other."""
-    batch = batch_of(rows(torch.Generator().manual_seed(3)), "left")
+    batch = batch_of(rows(), "left")
     expected = with_backend("qwen2_vl", "eager")(**batch).pooler_output
     dtype = getattr(torch, dtype)
     found = with_backend("qwen2_vl", FLEX_ATTENTION).to(device, dtype)(**moved(batch, device, dtype)).pooler_output

@@ -13,9 +13,9 @@ from huggingface_hub import DatasetCard, ModelCard
 from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 
-from evaluation.emoji_tasks import EMOJI_TASKS
-from evaluation.mmeb_scores import Scores, TaskScore
-from evaluation.vectors import weights_digest
+from evaluation.digests import weights_digest
+from evaluation.mmeb.scores import Scores, TaskScore
+from evaluation.mmeb.tasks import EMOJI_TASKS
 from hub_cards import CocoaModelCardData, write_card
 from hub_cards.card_data import model_index, stage_datasets, stage_table
 from hub_cards.loading_checks import find_loading_problems
@@ -50,7 +50,7 @@ def scores_of(folder, path, **settings):
         )
         for place, task in enumerate(EMOJI_TASKS)
     ]
-    settings = {"weights": weights_digest(CocoaTransformer(folder)), **settings}
+    settings = {"weights": weights_digest(folder), **settings}
     scores = Scores("Emoji in MMEB-V1's layout", "cocoa-tiny", len(tasks), settings, tasks)
     path.write_text(json.dumps(scores.to_dict()))
     return scores
@@ -62,7 +62,7 @@ def test_nothing_is_said_that_is_not_known(folder):
     head = {name: value for name, value in card.data.to_dict().items() if value is not None}
     assert set(head) == {"library_name", "pipeline_tag", "tags"} and "qwen2_vl" in head["tags"]
     assert "2,779,776, float32" in card.text and "192 dimensions" in card.text and "1,280 tokens" in card.text
-    for absent in ("## Training", "## Results", "## What it rebuilds", "None", "codecarbon"):
+    for absent in ("## Training", "## Results", "## Reconstructions", "None", "codecarbon"):
         assert absent not in card.text
     assert "No evaluation is recorded here" in card.text
 
@@ -103,7 +103,7 @@ def test_the_author_s_list_of_data_with_licences_is_kept(folder):
 
 def test_what_somebody_wrote_is_not_lost(folder):
     (folder / "README.md").write_text("# My own words\n")
-    with pytest.raises(ValueError, match="would be lost: put what it says into the `notes` of card.yaml"):
+    with pytest.raises(ValueError, match="would be lost: move its text into the `notes` of card.yaml"):
         write_card(folder)
     assert (folder / "README.md").read_text() == "# My own words\n"
     (folder / "README.md").unlink()
@@ -126,7 +126,7 @@ def test_results_are_those_of_these_weights(folder, tmp_path):
     scores_of(folder, tmp_path / "other.json", weights="0" * 64)
     with pytest.raises(ValueError, match="measured with other weights"):
         add_result(folder, tmp_path / "other.json")
-    with pytest.raises(FileNotFoundError, match="give the scores.json"):
+    with pytest.raises(FileNotFoundError, match="nowhere.json"):
         add_result(folder, tmp_path / "nowhere.json")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no scores of `cocoa eval`"):
@@ -213,6 +213,44 @@ def test_a_card_names_an_entry_once_and_leaves_out_measures_by_direction():
         [StageRecord("bridge", losses={"loss": 2.0, "text_image_to_text": 3.0}, evaluation={"loss": 4})]
     )
     assert "| loss, last logged | 2 |" in table and "| loss, evaluated | 4 |" in table and "_to_" not in table
+
+
+def test_of_measures_of_retrieval_a_card_has_the_one_that_chose_the_checkpoint():
+    evaluation = {"loss": 1.0, "birds_cosine_recall@1": 0.5, "birds_cosine_ndcg@10": 0.6, "sequential_score": 0.6}
+    record = StageRecord("contrastive", evaluation=evaluation)
+    assert "sequential_score, evaluated" in stage_table([record]) and "cosine_" not in stage_table([record])
+    record.settings["metric_for_best_model"] = "eval_birds_cosine_recall@1"
+    table = stage_table([record])
+    assert "| birds_cosine_recall@1, evaluated | 0.5 |" in table and "ndcg" not in table
+
+
+def test_stages_of_the_base_model_are_told_from_those_of_the_model():
+    data = [{"name": "birds"}]
+    stages = {name: StageRecord(name, datasets=data) for name in ("warmup", "bridge", "contrastive")}
+    for own, header in (
+        (("contrastive",), "base model's warm-up | base model's EOS bridge | base model's contrastive | contrastive"),
+        (("bridge",), "base model's warm-up | base model's EOS bridge | base model's contrastive | EOS bridge"),
+        ((), "warm-up | EOS bridge | contrastive"),
+    ):
+        records = [*stages.values(), *(stages[name] for name in own)]
+        assert stage_table(records).splitlines()[0] == f"|  | {header} |"
+        assert [title for title, _ in stage_datasets(records)] == header.split(" | ")
+
+
+def test_notes_have_a_heading(folder):
+    for notes, text in (("Only birds.", "\n## Notes\n\nOnly birds.\n"), ("# Birds\n\nOnly.", "\n# Birds\n\nOnly.\n")):
+        write_card(folder, CocoaModelCardData(notes=notes))
+        card = card_of(folder).text
+        assert text in card and card.count("## Notes") == text.count("## Notes")
+
+
+def test_a_model_with_prompts_is_used_with_them(folder):
+    assert "prompt_name" not in write_card(folder).read_text()
+    path = folder / "config_sentence_transformers.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prompts": {"query": "Find.", "document": "Read."}}))
+    assert 'model.encode(["cat.png", {"image": "dog.png", "text": "a dog"}, "rain"], prompt_name="document")' in (
+        write_card(folder).read_text()
+    )
 
 
 def test_sentence_transformers_writes_it_at_every_save(folder, tmp_path):

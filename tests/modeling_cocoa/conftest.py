@@ -11,9 +11,10 @@ from hypothesis import settings
 from PIL import Image
 from transformers import Qwen2Tokenizer
 
+from benchmarks.qwen2_tokenizer import build_qwen2_tokenizer
 from modeling_cocoa.processing_cocoa import CocoaProcessor
-from tests.qwen2_tokenizer import build_qwen2_tokenizer
-from trainers.tiny_processor import build_tiny_processor
+from tests.hub_fixtures import api, hub  # noqa: F401
+from trainers.recipes.tiny_processor import build_tiny_processor
 
 # A busy machine is no reason to fail.
 settings.register_profile("cocoa", deadline=None, max_examples=50)

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from modeling_cocoa.attention import (
     EOS,
-    FLEX_ATTENTION,
     PADDING,
     SOURCE,
     TARGET,
@@ -106,7 +105,3 @@ def test_additive_and_boolean_masks_agree_and_padding_rows_are_defined(eos_sees_
 def test_flash_attention_is_refused():
     with pytest.raises(ValueError, match="flash_attention_2.*sdpa"):
         attention_mask_for("flash_attention_2", torch.tensor([[SOURCE, EOS]]), None, torch.float32)
-
-
-def test_flex_name_is_safe_for_classes_that_do_not_declare_flex():
-    assert "flex_attention" not in FLEX_ATTENTION

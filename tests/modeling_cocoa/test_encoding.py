@@ -18,16 +18,17 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from datasets import Dataset
 from PIL import Image
 
-from modeling_cocoa import encoding
-from modeling_cocoa.inputs import CocoaInputError
+from modeling_cocoa import encoding, processing_cocoa
+from modeling_cocoa.inputs import CocoaInputError, read_input
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 from modeling_cocoa.threads import map_ahead, read_ahead
+from tests.conftest import CLASSES
 from tests.modeling_cocoa.conftest import make_image
 from tests.modeling_cocoa.test_saving import random_model
 from tests.modeling_cocoa.test_sentence_transformer import mixture, module_of
 
 
-@pytest.fixture(params=["qwen2_vl", "qwen2_5_vl"])
+@pytest.fixture(params=list(CLASSES))
 def module(request, processor):
     return module_of(processor, request.param)[0].eval()
 
@@ -56,7 +57,7 @@ def counted_images(module, monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_tokens": 30}, {"batch_tokens": 1}, {"batch_size": 2}])
+@pytest.mark.parametrize("options", [{}, {"batch_num_tokens": 30}, {"batch_num_tokens": 1}, {"batch_size": 2}])
 def test_any_batches_give_the_vectors_of_one_by_one(module, image, tmp_path, options):
     items = mixture(image, tmp_path)
     vectors = module.encode(items, **options)
@@ -67,7 +68,7 @@ def test_any_batches_give_the_vectors_of_one_by_one(module, image, tmp_path, opt
 def test_batches_keep_to_their_tokens(module, monkeypatch):
     calls = counted(module, monkeypatch)
     texts = ["a cat"] * 3 + [f"a red apple {number}" for number in range(9)] + ["a nerd face with glasses " * 20]
-    module.encode(texts, batch_tokens=40)
+    module.encode(texts, batch_num_tokens=40)
     assert all(tokens <= 40 or rows == 1 for rows, tokens in calls)
     assert any(tokens > 40 for _, tokens in calls), "an input beyond the budget runs alone"
     assert len(calls) < 9
@@ -101,14 +102,14 @@ def test_the_features_of_the_last_images_are_kept(module, monkeypatch):
     items = [
         {"image": images[number], "text": f"{place} what is it?"} for place, number in enumerate([0, 1, 0, 2, 0, 1])
     ]
-    tokens = int(module.processor.encode(images[:1])[0]["mm_token_type_ids"].sum())
+    tokens = int(module.processor.preprocess(images[:1])[0]["mm_token_type_ids"].sum())
     expected = np.concatenate([module.encode([item]) for item in items])
     calls = counted_images(module, monkeypatch)
-    np.testing.assert_allclose(module.encode(items, batch_tokens=2 * tokens), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(module.encode(items, batch_num_tokens=2 * tokens), expected, atol=1e-5, rtol=0)
     assert calls == [2, 1], "0 and 1, then 2"
     calls.clear()
     monkeypatch.setattr(encoding, "IMAGE_BATCHES_AT_ONCE", 1)
-    np.testing.assert_allclose(module.encode(items, batch_tokens=2 * tokens), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(module.encode(items, batch_num_tokens=2 * tokens), expected, atol=1e-5, rtol=0)
     assert calls == [2, 1, 1], "1 was let go for 2, then read again beside 0, which is kept"
 
 
@@ -117,7 +118,7 @@ def test_the_padded_reference_knows_shared_images_too(module, image, monkeypatch
     items = [{"image": image, "text": text} for text in ("what is it?", "which colour?")]
     expected = module.encode(items)
     module.model.set_attn_implementation("eager")
-    monkeypatch.setattr(module.model, "forward_packed", None)
+    monkeypatch.setattr(module.model, "run_packed", None)
     np.testing.assert_allclose(module.encode(items), expected, atol=1e-5, rtol=0)
 
 
@@ -125,8 +126,10 @@ def test_large_images_come_a_few_at_a_time(module, monkeypatch):
     """However many inputs, few are held as tensors at once: counted by their images' pixels."""
     images = [make_image(40, 40, seed=number) for number in range(7)]
     expected = module.encode(images)
-    read, encode = [], module.processor.encode
-    monkeypatch.setattr(module.processor, "encode", lambda part, **options: read.append(len(part)) or encode(part))
+    read, make_tensors = [], module.processor.make_tensors
+    monkeypatch.setattr(
+        module.processor, "make_tensors", lambda part, **options: read.append(len(part)) or make_tensors(part)
+    )
     windows, run = [], encoding.Embedder.run
     monkeypatch.setattr(
         encoding.Embedder, "run", lambda self, items, *args: windows.append(len(items)) or run(self, items, *args)
@@ -134,7 +137,7 @@ def test_large_images_come_a_few_at_a_time(module, monkeypatch):
     tokens = 1600 // module.processor.token_pixels
     monkeypatch.setattr(encoding, "CPU_PART_TOKENS", 2 * tokens)
     monkeypatch.setattr(encoding, "IMAGE_BATCHES_AT_ONCE", 2)
-    np.testing.assert_allclose(module.encode(images, batch_tokens=2 * tokens), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(module.encode(images, batch_num_tokens=2 * tokens), expected, atol=1e-5, rtol=0)
     assert read == [2, 2, 2, 1]
     assert windows == [2, 2, 4, 2, 1, 3], "images part by part, then the inputs that share batches"
 
@@ -153,11 +156,11 @@ def test_a_number_of_inputs_is_that_number(module, monkeypatch):
     module.encode([f"a red apple {number}" for number in range(9)], batch_size=4)
     assert [rows for rows, _ in calls] == [4, 4, 1]
     calls.clear()
-    module.encode([f"a red apple {number}" for number in range(9)], batch_size=4, batch_tokens=40)
+    module.encode([f"a red apple {number}" for number in range(9)], batch_size=4, batch_num_tokens=40)
     assert all(rows <= 4 and tokens <= 40 for rows, tokens in calls)
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_tokens": 30}, {"batch_size": 2}])
+@pytest.mark.parametrize("options", [{}, {"batch_num_tokens": 30}, {"batch_size": 2}])
 def test_reading_in_threads_changes_nothing(module, image, tmp_path, monkeypatch, options):
     """As for a GPU: parts of few images, inputs that occur again, files and images that are decoded late."""
     image.save(tmp_path / "late.png")
@@ -251,7 +254,8 @@ def test_a_digest_sees_when_the_frames_of_a_video_were(processor, image):
     frames = np.stack([np.asarray(image)] * 4)
     one, two = processor.read([{"video": frames}, {"video": frames.copy()}])
     assert one.digest == two.digest
-    slow = replace(two, video_metadata=[replace(two.video_metadata[0], fps=0.5)])
+    ((frames, metadata),) = two.videos
+    slow = replace(two, videos=[(frames, replace(metadata, fps=0.5))])
     assert slow.digest != one.digest
 
 
@@ -269,8 +273,26 @@ def test_a_bad_input_is_named_by_its_place_in_the_call(module, monkeypatch):
     monkeypatch.setattr(encoding, "INPUTS_AT_ONCE", 2)
     with pytest.raises(CocoaInputError, match="Item 4.*empty"):
         module.encode(["a", "b", "c", "d", " "])
-    with pytest.raises(ValueError, match="batch_tokens must be 1 or more; got 0"):
-        module.encode(["a"], batch_tokens=0)
+    with pytest.raises(ValueError, match="batch_num_tokens must be 1 or more; got 0"):
+        module.encode(["a"], batch_num_tokens=0)
+
+
+def test_the_former_name_of_the_token_budget_warns(module, monkeypatch):
+    calls = counted(module, monkeypatch)
+    with pytest.warns(FutureWarning, match="now called batch_num_tokens"):
+        module.encode(["a cat", "a dog"], batch_tokens=1)
+    assert len(calls) == 2
+
+
+def test_inputs_are_read_once_and_made_tensors_once(module, image, monkeypatch):
+    """Neither checked again on their way, nor digested again, nor kept with their pixels."""
+    read = []
+    monkeypatch.setattr(
+        processing_cocoa, "read_input", lambda item, *rest: read.append(item) or read_input(item, *rest)
+    )
+    items = ["a cat", image, {"image": image, "text": "it"}]
+    module.encode(items)
+    assert len(read) == len(items)
 
 
 def test_too_little_memory_halves_the_batches(module, monkeypatch, caplog):
@@ -377,7 +399,7 @@ def test_inputs_may_be_anything_that_gives_them_one_by_one(module, kind, monkeyp
     monkeypatch.setattr(encoding, "INPUTS_AT_ONCE", 2)
     vectors = module.encode(ITERABLES[kind](TEXTS))
     np.testing.assert_allclose(vectors, module.encode(TEXTS), atol=1e-6, rtol=0)
-    assert len(module.processor.encode(ITERABLES[kind](TEXTS))) == len(TEXTS)
+    assert len(module.processor.preprocess(ITERABLES[kind](TEXTS))) == len(TEXTS)
 
 
 def test_a_generator_of_images_is_read_as_it_is_needed(module, monkeypatch):
@@ -418,3 +440,53 @@ def test_many_short_videos_in_a_batch(processor, with_pace):
     assert len(videos) > features["input_ids"].shape[1]
     one_by_one = np.concatenate([module.encode([video]) for video in videos])
     np.testing.assert_allclose(module.encode(videos), one_by_one, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("at_once", [1024, 2])
+def test_inputs_that_cannot_be_embedded_are_told_apart(module, image, monkeypatch, at_once):
+    """Unreadable, too long, one of which the model fails, and its repetition; the rest has its vectors."""
+    monkeypatch.setattr(encoding, "INPUTS_AT_ONCE", at_once)
+    wide = make_image(90, 90, seed=3)
+    too_long = {"images": [wide] * 400}
+    fails = {"text": "what is it?", "image": make_image(60, 60, seed=9)}
+    items = ["a cat", " ", image, too_long, fails, "a dog", fails, b"no image", {"image": image, "text": "a"}]
+    good = [0, 2, 5, 8]
+    expected = module.encode([items[place] for place in good])
+    module.processor.tokenizer.model_max_length = 2000
+    row = module.processor.preprocess([fails])[0]["input_ids"]
+    embed = encoding.Embedder.embed
+
+    def fail(self, window, batch):
+        if any(torch.equal(window.rows[position]["input_ids"], row) for position in batch):
+            raise RuntimeError("the kernel fails")
+        return embed(self, window, batch)
+
+    monkeypatch.setattr(encoding.Embedder, "embed", fail)
+    failed = {}
+    vectors = encoding.encode_inputs(module.model, module.processor, items, failed=failed)
+    assert vectors.shape[0] == len(items) and set(failed) == {1, 3, 4, 6, 7}
+    assert "the text is empty" in failed[1] and "exceed max_length" in failed[3]
+    assert failed[4] == failed[6] == "RuntimeError: the kernel fails" and "cannot be read" in failed[7]
+    np.testing.assert_allclose(vectors[good], expected, atol=1e-5, rtol=0)
+    assert torch.isnan(vectors[list(failed)]).all()
+    with pytest.raises(CocoaInputError, match="Item 1: the text is empty"):
+        encoding.encode_inputs(module.model, module.processor, items)
+
+
+def test_an_image_of_which_the_vision_tower_fails_takes_its_inputs_along(module, image, monkeypatch):
+    other = make_image(60, 60, seed=9)
+    items = [{"image": image, "text": "a"}, {"image": other}, "a cat", {"images": [image, other]}]
+    expected = module.encode([items[0], items[2]])
+    read = module.model.encode_images
+    patches = module.processor.preprocess([other])[0]["pixel_values"]
+
+    def fail(pixels, grids):
+        if any(torch.equal(pixels[place : place + len(patches)], patches) for place in range(len(pixels))):
+            raise RuntimeError("the kernel fails")
+        return read(pixels, grids)
+
+    monkeypatch.setattr(module.model, "encode_images", fail)
+    failed = {}
+    vectors = encoding.encode_inputs(module.model, module.processor, items, failed=failed)
+    assert failed == {1: "RuntimeError: the kernel fails", 3: "RuntimeError: the kernel fails"}
+    np.testing.assert_allclose(vectors[[0, 2]], expected, atol=1e-5, rtol=0)

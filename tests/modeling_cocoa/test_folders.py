@@ -14,20 +14,22 @@ from modeling_cocoa.inputs import CocoaInputError
 
 
 def test_a_folder_is_listed_by_the_endings_that_pillow_opens(tmp_path):
-    for name in ("b.TIF", "a.png", "c.avif", "d.mp4", "e.txt", "f.txt", "g", "in/h.jfif", "in/i.heic"):
+    for name in ("b.TIF", "a.png", "c.webp", "d.mp4", "e.txt", "f.txt", "g", "in/h.jfif", "in/i.heic"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
     (tmp_path / "folder.png").mkdir()
     images, left_out = list_images(tmp_path)
-    assert [path.relative_to(tmp_path).as_posix() for path in images] == ["a.png", "b.TIF", "c.avif", "in/h.jfif"]
+    assert [path.relative_to(tmp_path).as_posix() for path in images] == ["a.png", "b.TIF", "c.webp", "in/h.jfif"]
     assert left_out.startswith("Left out, since Pillow does not open them as images: 2 .txt, ")
     assert {"1 .mp4", "1 no ending", "1 .heic."} <= set(
         left_out.removeprefix(left_out.split(": ")[0] + ": ").split(", ")
     )
     images, left_out = list_images(tmp_path, recursive=False)
-    assert [path.name for path in images] == ["a.png", "b.TIF", "c.avif"] and "heic" not in left_out
+    assert [path.name for path in images] == ["a.png", "b.TIF", "c.webp"] and "heic" not in left_out
     assert describe_left_out(iter(())) == ""
+    with pytest.raises(NotADirectoryError, match="There is no folder .*nope; check the path"):
+        list_images(tmp_path / "nope")
 
 
 @given(is_bad=st.lists(st.booleans(), max_size=12), chunk=st.integers(1, 5))

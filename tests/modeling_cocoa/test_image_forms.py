@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from modeling_cocoa import processing_cocoa
-from modeling_cocoa.inputs import ResizedImage, input_messages, load_image, media_kind
+from modeling_cocoa.inputs import input_messages
+from modeling_cocoa.media import ResizedImage, load_image, media_kind
 from modeling_cocoa.processing_cocoa import CocoaInputError, CocoaProcessor
-from trainers.augment import augment_row
-from trainers.rows import open_images, without_image_decoding
+from trainers.data.augment import augment_row
+from trainers.data.rows import open_images, without_image_decoding
 
 WIDTH, HEIGHT = 24, 16
 NOISE = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
@@ -204,14 +205,14 @@ def test_every_form_gives_the_same_pixels(content, path, case):
 @pytest.mark.parametrize("case", ["RGBA", "P with a transparent index", "16-bit grey", "LA", "CMYK, JPEG", "1"])
 def test_every_form_in_every_place_gives_the_same_row(processor, content, path, case):
     """As an item, in a dict, in messages, as a frame of a video; and as a training row of these forms."""
-    (expected,) = processor.encode([Image.fromarray(np.asarray(load_image(path)))])
-    (video,) = processor.encode([{"video": [expected_frame := load_image(path), expected_frame]}])
+    (expected,) = processor.preprocess([Image.fromarray(np.asarray(load_image(path)))])
+    (video,) = processor.preprocess([{"video": [expected_frame := load_image(path), expected_frame]}])
     for name, form in forms_of(content, path).items():
         items = [form, {"image": form}, {"images": [form]}, [message(form)]]
-        for row in processor.encode([*items, *map(open_images, items)]):
+        for row in processor.preprocess([*items, *map(open_images, items)]):
             assert torch.equal(row["pixel_values"], expected["pixel_values"]), name
             assert torch.equal(row["input_ids"], expected["input_ids"]), name
-        (shown,) = processor.encode([{"video": [form, form]}])
+        (shown,) = processor.preprocess([{"video": [form, form]}])
         assert torch.equal(shown["pixel_values_videos"], video["pixel_values_videos"]), name
 
 
@@ -223,10 +224,10 @@ def message(image: Any) -> dict[str, Any]:
 def test_an_image_is_stretched_after_it_is_made_rgb(processor, content, path, case):
     expected = np.asarray(load_image(path).resize((20, 12)))
     assert np.array_equal(np.asarray(load_image(path, (20, 12))), expected)
-    (row,) = processor.encode([Image.fromarray(expected)])
+    (row,) = processor.preprocess([Image.fromarray(expected)])
     for name, form in forms_of(content, path).items():
         assert np.array_equal(np.asarray(load_image(ResizedImage(form, (20, 12)))), expected), name
-        (stretched,) = processor.encode([open_images({"image": form}, (20, 12))])
+        (stretched,) = processor.preprocess([open_images({"image": form}, (20, 12))])
         assert torch.equal(stretched["pixel_values"], row["pixel_values"]), name
 
 
@@ -304,7 +305,7 @@ def test_two_icons_that_differ_in_alpha_alone_are_two_inputs(processor, tmp_path
         icon = Image.new("RGBA", (WIDTH, HEIGHT), (0, 0, 0, 0))
         icon.paste((0, 0, 0, 255), box)
         icon.save(tmp_path / f"{number}.png")
-    first, second = processor.encode([str(tmp_path / "0.png"), str(tmp_path / "1.png")])
+    first, second = processor.preprocess([str(tmp_path / "0.png"), str(tmp_path / "1.png")])
     assert not torch.equal(first["pixel_values"], second["pixel_values"])
 
 
@@ -314,7 +315,7 @@ def test_augmenting_sees_transparent_pixels_on_white():
 
 
 ENDINGS = {
-    "image": ["png", "JPG", "jpeg", "jfif", "jpe", "gif", "bmp", "dib", "webp", "tif", "TIFF", "avif", "ico", "jp2"]
+    "image": ["png", "JPG", "jpeg", "jfif", "jpe", "gif", "bmp", "dib", "webp", "tif", "TIFF", "ico", "jp2"]
     + ["tga", "ppm", "pgm", "mpo", "apng", "qoi"],
     "video": ["mp4", "MOV", "avi", "mkv", "webm", "wmv", "flv", "mpg", "m4v"],
     None: ["txt", "pdf", "svg", "h5", "csv", "npy", "html", ""],
@@ -327,16 +328,17 @@ def test_what_a_file_is_follows_from_its_ending(kind):
         assert media_kind(f"picture.{ending}") == media_kind(Path("a.b") / f"c.{ending}") == kind, ending
 
 
-@pytest.mark.parametrize("ending", ["tif", "TIFF", "jfif", "avif", "ico", "jp2", "bmp", "ppm", "tga", "png"])
+@pytest.mark.parametrize("ending", ["tif", "TIFF", "jfif", "webp", "ico", "jp2", "bmp", "ppm", "tga", "png"])
 def test_an_existing_image_of_any_ending_is_an_image(processor, tmp_path, ending):
     path = tmp_path / f"a picture.{ending}"
     RGB.save(path, **({"sizes": [(16, 16)]} if ending == "ico" else {}))
-    (row,) = processor.encode([str(path)])
-    assert "pixel_values" in row and torch.equal(row["pixel_values"], processor.encode([path])[0]["pixel_values"])
+    (row,) = processor.preprocess([str(path)])
+    assert "pixel_values" in row and torch.equal(row["pixel_values"], processor.preprocess([path])[0]["pixel_values"])
 
 
 def test_a_plugin_that_is_registered_later_counts(monkeypatch):
     assert media_kind("a.heic") is None
+    assert media_kind("gif") is media_kind("PS") is None, "a word, and no file"
     monkeypatch.setitem(Image.registered_extensions(), ".heic", "HEIF")
     monkeypatch.setitem(Image.OPEN, "HEIF", (Image.Image, None))
     assert media_kind("a.heic") == "image"
@@ -357,11 +359,11 @@ def test_a_str_that_ends_like_a_file_and_is_none_is_embedded_with_a_warning(
 ):
     item = item or folder_named_as_an_image
     with caplog.at_level(logging.WARNING):
-        rows = processor.encode(["hi", item, item, "other.png"])
+        rows = processor.preprocess(["hi", item, item, "other.png"])
     assert [record.name for record in caplog.records] == ["modeling_cocoa.processing_cocoa"], "once a call"
     message = caplog.records[0].getMessage()
     assert message.startswith("Item 1 is embedded as the words of its path: ") and item in message
-    assert torch.equal(rows[1]["input_ids"], processor.encode([{"text": item}])[0]["input_ids"])
+    assert torch.equal(rows[1]["input_ids"], processor.preprocess([{"text": item}])[0]["input_ids"])
     with pytest.raises(CocoaInputError, match="If it is meant as text, pass"):
         input_messages(item)
     with pytest.raises(CocoaInputError, match="If it is meant as text, pass"):
@@ -373,7 +375,7 @@ def test_a_text_given_as_one_is_never_a_path(processor, folder_named_as_an_image
     item = item or folder_named_as_an_image
     forms = [{"text": item}, [{"role": "user", "content": item}], {"role": "user", "content": item}]
     with caplog.at_level(logging.WARNING):
-        processor.encode(forms)
+        processor.preprocess(forms)
         assert [open_images(form) for form in forms] == forms
     assert not caplog.records
 
@@ -381,20 +383,20 @@ def test_a_text_given_as_one_is_never_a_path(processor, folder_named_as_an_image
 @pytest.mark.parametrize("text", ["a red cat.png", "cat", "cat.", "see:\ncat.png", "cat.pdf", "https://a.org/page"])
 def test_other_words_are_silent(processor, caplog, text):
     with caplog.at_level(logging.WARNING):
-        processor.encode([text])
+        processor.preprocess([text])
     assert not caplog.records and open_images(text) == text
 
 
 def test_a_path_of_a_directory_is_an_error(processor, folder_named_as_an_image):
     for item in (Path(folder_named_as_an_image), {"image": folder_named_as_an_image}):
-        with pytest.raises(CocoaInputError, match="Item 0: .*x.png is a folder, not an image file"):
-            processor.encode([item])
+        with pytest.raises(CocoaInputError, match="Item 0: .*x.png is a folder; give the path"):
+            processor.preprocess([item])
 
 
 def test_images_are_let_go_of_as_they_become_patches(processor_folder, monkeypatch):
     """However many, no more than [`PIXELS_AT_ONCE`] are held decoded."""
     processor = CocoaProcessor.from_pretrained(processor_folder)
-    expected = processor.encode([NOISE + np.uint8(number) for number in range(9)])
+    expected = processor.preprocess([NOISE + np.uint8(number) for number in range(9)])
     monkeypatch.setattr(processing_cocoa, "PIXELS_AT_ONCE", 2 * WIDTH * HEIGHT)
     held: list[weakref.ref] = []
     most = []
@@ -407,7 +409,7 @@ def test_images_are_let_go_of_as_they_become_patches(processor_folder, monkeypat
         return conversation
 
     monkeypatch.setattr(processing_cocoa, "read_input", count)
-    rows = processor.encode(NOISE + np.uint8(number) for number in range(9))
+    rows = processor.preprocess(NOISE + np.uint8(number) for number in range(9))
     assert max(most) <= 3 and len(most) == 9
     for row, other in zip(rows, expected, strict=True):
         assert all(torch.equal(row[key], other[key]) for key in other)
@@ -416,6 +418,6 @@ def test_images_are_let_go_of_as_they_become_patches(processor_folder, monkeypat
 def test_the_working_directory_counts(processor, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     RGB.save("here.tif")
-    assert "pixel_values" in processor.encode(["here.tif"])[0]
+    assert "pixel_values" in processor.preprocess(["here.tif"])[0]
     os.remove("here.tif")
-    assert "pixel_values" not in processor.encode(["here.tif"])[0]
+    assert "pixel_values" not in processor.preprocess(["here.tif"])[0]

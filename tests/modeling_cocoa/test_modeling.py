@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from modeling_cocoa.attention import FLEX_ATTENTION
+from modeling_cocoa.packed_attention import FLEX_ATTENTION
 from tests.conftest import (
     CLASSES,
     EOS_ID,
@@ -21,8 +21,9 @@ CPU_BACKENDS = ("sdpa", "eager", FLEX_ATTENTION)
 PATCH_VALUES = 3 * 2 * 8 * 8
 
 
-def rows(generator):
-    """Text, image, two images, video, text and image: ids, pixels and grids of one row each."""
+def rows(model_type="qwen2_vl"):
+    """Text, image, two images, video, text: ids, pixels and grids of one row each, the same at every call."""
+    generator = torch.Generator().manual_seed(3)
 
     def text(length):
         return torch.randint(0, 280, (length,), generator=generator).tolist()
@@ -30,11 +31,16 @@ def rows(generator):
     def media(token, grid):
         units = grid[0] * grid[1] * grid[2] // 4
         pixels = torch.randn(4 * units, PATCH_VALUES, generator=generator)
-        return [VISION_START_ID, *[token] * units, VISION_END_ID], pixels, torch.tensor([grid])
+        return framed(token, units), pixels, torch.tensor([grid])
+
+    def framed(token, units):
+        return [VISION_START_ID, *[token] * units, VISION_END_ID]
 
     image, pixels, grid = media(IMAGE_ID, (1, 4, 6))
     second, second_pixels, second_grid = media(IMAGE_ID, (1, 4, 4))
     video, video_pixels, video_grid = media(VIDEO_ID, (2, 4, 4))
+    if CLASSES[model_type][1].has_timestamps:  # each frame behind its time
+        video = [7, *framed(VIDEO_ID, 4), 8, *framed(VIDEO_ID, 4)]
     return [
         {"ids": [*text(9), EOS_ID]},
         {"ids": [*image, EOS_ID], "image": (pixels, grid)},
@@ -98,8 +104,7 @@ def test_the_last_token_moves_the_first_hidden_state(model_type, implementation,
 def test_batch_of_many_is_batches_of_one(model_type, implementation, padding_side):
     model = with_backend(model_type, implementation)
     reference = with_backend(model_type, "eager")
-    generator = torch.Generator().manual_seed(3)
-    items = rows(generator)
+    items = rows(model_type)
     together = model(**batch_of(items, padding_side)).pooler_output
     for index, row in enumerate(items):
         alone = reference(**batch_of([row])).pooler_output[0]
@@ -111,7 +116,7 @@ def test_the_stock_class_gives_the_same_hidden_states(tmp_path, model_type, back
     """Ours differs from the stock class by its attention flag and its pooler, and by nothing else."""
     backbone.save_pretrained(tmp_path)
     stock = CLASSES[model_type][2].from_pretrained(tmp_path).eval()
-    batch = batch_of(rows(torch.Generator().manual_seed(3)))
+    batch = batch_of(rows(model_type))
     expected = stock(**batch, mm_token_type_ids=backbone.media_types(batch["input_ids"])).last_hidden_state
     ours = backbone(**batch)
     real = batch["attention_mask"].bool()
@@ -121,7 +126,7 @@ def test_the_stock_class_gives_the_same_hidden_states(tmp_path, model_type, back
 @torch.no_grad()
 def test_nothing_stays_from_call_to_call(backbone):
     text = batch_of([{"ids": [3, 4, 5, EOS_ID]}])
-    image = batch_of(rows(torch.Generator().manual_seed(3))[1:2])
+    image = batch_of(rows()[1:2])
     before = backbone(**text).pooler_output
     backbone(**image)
     assert torch.equal(backbone(**text).pooler_output, before)
@@ -142,7 +147,7 @@ def test_inputs_embeds_give_what_the_ids_give(backbone):
 
 
 def test_gradients_are_those_without_checkpointing(backbone):
-    batch = batch_of(rows(torch.Generator().manual_seed(3)))
+    batch = batch_of(rows(backbone.config.model_type))
 
     def gradients():
         backbone.zero_grad()

@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_cocoa import modeling_cocoa
-from modeling_cocoa.attention import EOS, FLEX_ATTENTION, PADDING, SOURCE, TARGET, collaborative_mask
-from modeling_cocoa.packing import Spans, attend, pack
+from modeling_cocoa.attention import EOS, PADDING, SOURCE, TARGET, collaborative_mask
+from modeling_cocoa.packed_attention import FLEX_ATTENTION, attend
+from modeling_cocoa.packing import Spans, pack
 from modeling_cocoa.pooling import last_token_indices
 from tests.conftest import CLASSES, EOS_ID
 from tests.modeling_cocoa.test_modeling import batch_of, rows, with_backend
@@ -82,21 +83,18 @@ def by_boundaries(module, query, key, value, mask, **options):
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-@given(SHAPE, st.booleans(), st.booleans(), st.booleans())
-def test_flash_attention_is_called_by_its_contract(shapes, left, eos_only, eos_sees_target):
+@given(SHAPE, st.booleans(), st.booleans())
+def test_flash_attention_is_called_by_its_contract(shapes, left, eos_sees_target):
     """The kernel itself needs a GPU; a plain one takes its place."""
-    if eos_only:
-        shapes = [(source, 0, gap) for source, _, gap in shapes]
     segment_ids = segments_of(shapes, left)
     packing = pack(segment_ids, eos_sees_target)
     generator = torch.Generator().manual_seed(len(shapes))
     query = torch.randn(len(packing.index), 4, 8, generator=generator)
     key, value = (torch.randn(len(packing.index), 2, 8, generator=generator) for _ in range(2))
-    queries = query[packing.eos[packing.order]] if eos_only else query
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_plain", by_boundaries)
         outputs = [
-            attend(Attention(), queries, key, value, packing, implementation=name, scaling=0.5, eos_only=eos_only)
+            attend(Attention(), query, key, value, packing, implementation=name, scaling=0.5)
             for name in ("flash_attention_plain", "sdpa")
         ]
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
@@ -133,7 +131,7 @@ def test_a_row_of_padding_is_named():
 @pytest.mark.parametrize("implementation", ["sdpa", FLEX_ATTENTION])
 def test_the_eos_alone_is_the_eos_of_all(model_type, implementation, padding_side):
     model = with_backend(model_type, implementation)
-    batch = batch_of(rows(torch.Generator().manual_seed(3)), padding_side)
+    batch = batch_of(rows(model_type), padding_side)
     alone = model(**batch, eos_only=True)
     assert alone.last_hidden_state is None
     expected = with_backend(model_type, "eager")(**batch)
@@ -161,7 +159,7 @@ def stock_gradients(model_type, batch, weights):
 @pytest.mark.parametrize("checkpointing", [None, False, True])
 def test_gradients_are_those_of_the_stock_class(model_type, eos_only, checkpointing, padding_side):
     """`checkpointing`: none, or gradient checkpointing of either kind (reentrant or not)."""
-    batch = batch_of(rows(torch.Generator().manual_seed(3)), padding_side)
+    batch = batch_of(rows(model_type), padding_side)
     model = with_backend(model_type, "sdpa").train()
     weights = torch.randn(model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(1))
     if checkpointing is not None:
@@ -179,7 +177,7 @@ def test_gradients_are_those_of_the_stock_class(model_type, eos_only, checkpoint
 @pytest.mark.parametrize("patches", [1, 40])
 def test_images_in_parts_are_images_together(model_type, patches, monkeypatch):
     """On a CPU the vision tower takes a few images at a time; in training too."""
-    batch = batch_of(rows(torch.Generator().manual_seed(3)))
+    batch = batch_of(rows(model_type))
 
     def run():
         model = with_backend(model_type, "sdpa").train()
@@ -195,7 +193,7 @@ def test_images_in_parts_are_images_together(model_type, patches, monkeypatch):
 
 @torch.no_grad()
 def test_images_and_tokens_that_do_not_match_are_named(backbone):
-    batch = batch_of(rows(torch.Generator().manual_seed(3))[1:2])
+    batch = batch_of(rows()[1:2])
     batch["input_ids"][0, 1] = 5
     with pytest.raises(ValueError, match="5 image tokens.*ask for 6"):
         backbone(**batch)
@@ -213,13 +211,6 @@ def test_a_copied_and_a_pickled_model_are_the_model(backbone):
 def test_sharding_finds_the_layers_by_name(backbone):
     names = {type(module).__name__ for module in (*backbone.language_model.layers, *backbone.visual.blocks)}
     assert names == set(backbone._no_split_modules)
-
-
-def test_the_eos_alone_is_refused_where_there_are_targets():
-    packing = pack(segments_of([(3, 2, 0), (1, 0, 0)], left=False))
-    query, key = torch.randn(2, 4, 8), torch.randn(len(packing.index), 2, 8)
-    with pytest.raises(ValueError, match="eos_only takes rows without a target"):
-        attend(Attention(), query, key, key, packing, implementation="sdpa", scaling=0.5, eos_only=True)
 
 
 @pytest.mark.parametrize("eos_sees_target", [True, False])
@@ -247,6 +238,28 @@ def test_another_attention_is_named_not_replaced(model_type):
 
 
 @torch.no_grad()
+def test_attention_that_is_set_later_is_heeded(model_type):
+    """On the model, or on one of its parts; and a padded batch that goes to the text model by itself is two-sided."""
+    batch = batch_of(rows(model_type))
+    model = with_backend(model_type, "sdpa")
+    expected = model(**batch).pooler_output
+    for name in ("eager", "sdpa", FLEX_ATTENTION, "eager", "sdpa"):
+        model.set_attn_implementation(name)
+        assert model.attention == name
+        torch.testing.assert_close(model(**batch).pooler_output, expected, atol=1e-5, rtol=0)
+    for part in (model.language_model, model.visual):
+        part.set_attn_implementation("sdpa")
+    torch.testing.assert_close(model(**batch).pooler_output, expected, atol=1e-5, rtol=0)
+    model.set_attn_implementation({"text_config": "eager"})  # and the tower attends as before
+    torch.testing.assert_close(model(**batch).pooler_output, expected, atol=1e-5, rtol=0)
+    model.set_attn_implementation("sdpa")
+    ids = torch.tensor([[3, 4, 5, EOS_ID]])
+    embeds = model.get_input_embeddings()(ids)
+    found = model.language_model(inputs_embeds=embeds, position_ids=torch.arange(4).expand(3, 1, -1))
+    torch.testing.assert_close(found.last_hidden_state, model(input_ids=ids).last_hidden_state, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_positions_may_be_one_for_all_directions(backbone):
     ids = torch.tensor([[3, 4, 5, EOS_ID], [6, 7, 8, EOS_ID]])
     positions = torch.arange(4).expand(2, -1)
@@ -259,7 +272,7 @@ def test_what_cannot_be_heeded_is_refused(backbone):
     ids = torch.tensor([[3, 4, EOS_ID]])
     with pytest.raises(TypeError, match="mm_encoder_outputs"):
         backbone(input_ids=ids, mm_encoder_outputs={})
-    batch = batch_of(rows(torch.Generator().manual_seed(3))[1:2])
+    batch = batch_of(rows()[1:2])
     del batch["pixel_values"]
     with pytest.raises(ValueError, match="images' pixels .or features. and their grids"):
         backbone(**batch)
@@ -276,30 +289,7 @@ def test_a_packing_moves_whole():
 
 def test_an_adapter_of_the_patch_embedding_is_heeded(model_type):
     model = with_backend(model_type, "sdpa")
-    batch = batch_of(rows(torch.Generator().manual_seed(3)))
+    batch = batch_of(rows(model_type))
     before = model(**batch).pooler_output
     adapted = get_peft_model(model, LoraConfig(target_modules=["patch_embed.proj"], init_lora_weights=False))
     assert (adapted(**batch).pooler_output - before).abs().max() > 1e-4
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("padding_side", ["right", "left"])
-@pytest.mark.parametrize("eos_only", [False, True])
-def test_rows_are_filled_up_and_nobody_reads_the_filling(model_type, padding_side, eos_only, monkeypatch):
-    """Text layers and vision tower get multiples of so many rows; the results are those of the padded batch."""
-    monkeypatch.setattr(modeling_cocoa, "CONVOLUTION_ROWS", 1)
-    items = rows(torch.Generator().manual_seed(3))
-    batch = batch_of(items, padding_side)
-    model, plain = with_backend(model_type, "sdpa"), with_backend(model_type, "eager")
-    seen = []
-    for module in (model.language_model.layers[0].mlp, model.visual.blocks[0].mlp):
-        module.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    found, expected = model(**batch, eos_only=eos_only), plain(**batch)
-    assert seen and all(length % modeling_cocoa.CPU_ROWS == 0 for length in seen), seen
-    torch.testing.assert_close(found.pooler_output, expected.pooler_output, atol=1e-5, rtol=0)
-    if not eos_only:
-        real = batch["attention_mask"].bool()
-        assert found.last_hidden_state.shape == expected.last_hidden_state.shape
-        torch.testing.assert_close(
-            found.last_hidden_state[real], expected.last_hidden_state[real], atol=1e-4, rtol=1e-4
-        )

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from modeling_cocoa.inputs import ROLES, load_image
+from modeling_cocoa.inputs import ROLES
+from modeling_cocoa.media import load_image
 from modeling_cocoa.processing_cocoa import CocoaInputError, CocoaProcessor
 from tests.modeling_cocoa.conftest import TEXTS, make_image
-from trainers.tiny_processor import SPECIAL_TOKENS, build_tiny_processor
+from trainers.recipes.tiny_processor import SPECIAL_TOKENS, build_tiny_processor
 
 PICTURE = make_image(32, 16)  # two image tokens
 CONTROL = (*SPECIAL_TOKENS, "<|mask|>", "<|placeholder|>")
@@ -66,7 +67,7 @@ def counts(processor, ids) -> dict[str, int]:
 
 @given(text=written)
 def test_text_holds_no_control_token(tiny, text):
-    ids = tiny.encode([{"text": text}])[0]["input_ids"].tolist()
+    ids = tiny.preprocess([{"text": text}])[0]["input_ids"].tolist()
     assert counts(tiny, ids) == {"<|im_start|>": 1, "<|im_end|>": 1}
     assert ids[-1] == tiny.eos_token_id
 
@@ -74,7 +75,7 @@ def test_text_holds_no_control_token(tiny, text):
 @given(text=written)
 def test_text_without_control_tokens_is_not_changed(tiny, text):
     assume(not any(token in text for token in CONTROL))
-    ids = tiny.encode([{"text": text}])[0]["input_ids"][:-1]
+    ids = tiny.preprocess([{"text": text}])[0]["input_ids"][:-1]
     assert tiny.tokenizer.decode(ids) == f"<|im_start|>user\n{unicodedata.normalize('NFC', text)}"
 
 
@@ -92,11 +93,11 @@ def test_text_split_over_parts_beside_an_image_holds_no_control_token(tiny, part
     content = [{"type": "text", "text": part} for part in parts]
     picture = {"type": "image", "image": PICTURE}
     items = [[{"role": "user", "content": content}], [{"role": "user", "content": [*content, picture, *content]}]]
-    plain, shown = (row["input_ids"].tolist() for row in tiny.encode(items, prompt=prompt))
+    plain, shown = (row["input_ids"].tolist() for row in tiny.preprocess(items, prompt=prompt))
     assert counts(tiny, plain) == {"<|im_start|>": 2, "<|im_end|>": 2}
     vision = {"<|vision_start|>": 1, "<|image_pad|>": 2, "<|vision_end|>": 1}
     assert counts(tiny, shown) == {"<|im_start|>": 2, "<|im_end|>": 2, **vision}
-    joined = tiny.encode(["".join(parts)] if not looks_like_media("".join(parts)) else [{"text": "".join(parts)}])
+    joined = tiny.preprocess(["".join(parts)] if not looks_like_media("".join(parts)) else [{"text": "".join(parts)}])
     assert plain[-len(joined[0]["input_ids"]) :] == joined[0]["input_ids"].tolist()
 
 
@@ -111,15 +112,15 @@ def test_truncation_keeps_media_and_eos_and_drops_the_last_text(tiny, turns, lim
     for text, with_image in turns:
         content += [{"type": "image", "image": PICTURE}] * with_image + [{"type": "text", "text": text}]
     item = [{"role": "user", "content": content}]
-    whole = tiny.encode([item])[0]["input_ids"].tolist()
+    whole = tiny.preprocess([item])[0]["input_ids"].tolist()
     vision = {tiny.tokenizer.convert_tokens_to_ids(token) for token in ("<|vision_start|>", "<|vision_end|>")}
     vision.add(tiny.image_token_id)
     media = [token for token in whole if token in vision]
     if len(whole) > limit and len(media) + 1 > limit:
         with pytest.raises(CocoaInputError, match="Item 0: .*exceed max_length"):
-            tiny.encode([item], max_length=limit)
+            tiny.preprocess([item], max_length=limit)
         return
-    ids = tiny.encode([item], max_length=limit)[0]["input_ids"].tolist()
+    ids = tiny.preprocess([item], max_length=limit)[0]["input_ids"].tolist()
     assert len(ids) == min(len(whole), limit)
     assert ids[-1] == tiny.eos_token_id
     assert [token for token in ids if token in vision] == media

@@ -61,7 +61,7 @@ def test_the_tokenizer_agrees_with_tiktoken(qwen2_tokenizer):
 
 def test_ids_of_text_and_image(real):
     image = make_image(56, 84)
-    text, shown, both = real.encode(["Hello world", image, {"text": "Hello world", "image": image}])
+    text, shown, both = real.preprocess(["Hello world", image, {"text": "Hello world", "image": image}])
     vision = [VISION_START, *[IMAGE_PAD] * 6, VISION_END]
     assert text["input_ids"].tolist() == [*USER, 9707, 1879, EOS]
     assert shown["input_ids"].tolist() == [*USER, *vision, EOS]
@@ -78,14 +78,14 @@ def test_preparing_leaves_the_ids_of_plain_text_alone(qwen2_tokenizer, real):
 
 @given(text=written)
 def test_text_holds_no_control_token(real, text):
-    ids = real.encode([{"text": text}])[0]["input_ids"].tolist()
+    ids = real.preprocess([{"text": text}])[0]["input_ids"].tolist()
     assert [token for token in ids if token >= 151_643] == [IM_START, EOS] and ids[-1] == EOS
 
 
 @given(text=st.text(min_size=1).filter(str.strip), limit=st.integers(1, 12))
 def test_truncation_is_a_prefix_and_the_eos(real, text, limit):
-    whole = real.encode([{"text": text}])[0]["input_ids"].tolist()
-    ids = real.encode([{"text": text}], max_length=limit)[0]["input_ids"].tolist()
+    whole = real.preprocess([{"text": text}])[0]["input_ids"].tolist()
+    ids = real.preprocess([{"text": text}], max_length=limit)[0]["input_ids"].tolist()
     assert ids == (whole if len(whole) <= limit else [*whole[: limit - 1], EOS])
 
 
@@ -96,6 +96,6 @@ def test_stock_files_give_the_same_tensors(real, tmp_path):
     content = [{"type": "text", "text": "<|im_end|>Hello world"}, {"type": "image", "image": image}]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     features = stock.apply_chat_template([[{"role": "user", "content": content}]], **options)
-    row = real.encode([{"text": "<|im_end|>Hello world", "image": image}])[0]
+    row = real.preprocess([{"text": "<|im_end|>Hello world", "image": image}])[0]
     assert torch.equal(features["input_ids"][0], row["input_ids"])
     assert torch.equal(features["pixel_values"], row["pixel_values"])

@@ -128,7 +128,7 @@ def test_same_left_padding(stock_folder, processor):
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "turned.jpg", "palette.png"])
 def test_same_pixels_of_files(stock, processor, tmp_path, name):
     if name == "turned.jpg":
-        exif = PICTURE.getexif()
+        exif = PICTURE.copy().getexif()  # of its own: another test's picture would lie on its side
         exif[0x0112] = 6
         path = image_file(tmp_path, name, exif=exif)
     elif name == "palette.png":

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each segment can know, the losses against plain references, and the heads' way to disk and back."""
 
+from functools import partial
+
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
 
-from modeling_cocoa.attention import EOS, FLEX_ATTENTION, PADDING, SOURCE, TARGET
-from modeling_cocoa.heads import attach_mask_token, read_lm_head
+from modeling_cocoa.attention import EOS, PADDING, SOURCE, TARGET
+from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.losses import masked_token_loss, normalize_patches
+from modeling_cocoa.packed_attention import FLEX_ATTENTION
 from modeling_cocoa.packing import pack
-from modeling_cocoa.reconstruction import CocoaForReconstruction, count_losses
+from modeling_cocoa.reconstruction import HEADS_FILE, CocoaForReconstruction, count_losses, read_lm_head
+from modeling_cocoa.special_tokens import attach_mask_token
 from tests.conftest import (
     CLASSES,
     EOS_ID,
@@ -173,7 +179,7 @@ def test_the_gradient_of_the_target_to_the_source_passes_through_the_eos_alone(
                         )
                     )
         positions = backbone.mrope_positions(batch["input_ids"], batch["attention_mask"])
-        hidden = model._read(embeds, positions, model._attention(segments, embeds.dtype))
+        hidden = model._read(embeds, positions, model._attention(segments, embeds.dtype), {})
         for handle in handles:
             handle.remove()
         weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
@@ -202,9 +208,9 @@ def test_layerwise_target_sees_its_source_through_the_eos_alone(model_type, dire
                 states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 # On a packed row, the EOS of each batch row is where the packing says.
                 is_eos = eos
-                if "packing" in kwargs:
-                    is_eos = torch.zeros(len(states), dtype=torch.bool)
-                    is_eos[kwargs["packing"].eos] = True
+                if "packed_attention" in kwargs:
+                    is_eos = torch.zeros(states.shape[:2], dtype=torch.bool)
+                    is_eos[0, kwargs["packed_attention"].keywords["packing"].eos] = True
                 inputs.append(states.detach().clone())
                 if held is not None:
                     states = torch.where(is_eos[..., None], held[index], states)
@@ -331,10 +337,13 @@ def plain_bridge_loss(stock, batch, eos_sees_target):
     """
     ids, segments = batch["input_ids"], batch["segment_ids"]
     embeds = stock.get_input_embeddings()(ids)
-    is_image = ids == IMAGE_ID
+    is_image, deepstack = ids == IMAGE_ID, {}
     if bool(is_image.any()):
         features = stock.get_image_features(batch["pixel_values"], batch["image_grid_thw"], return_dict=True)
         embeds = embeds.masked_scatter(is_image[..., None], torch.cat(list(features.pooler_output)))
+        if "deepstack_features" in features:
+            layers = [torch.cat(list(layer)) for layer in features.deepstack_features]
+            deepstack = {"visual_pos_masks": is_image, "deepstack_visual_embeds": layers}
     positions, _ = stock.get_rope_index(
         ids,
         mm_token_type_ids=is_image.long(),
@@ -356,8 +365,9 @@ def plain_bridge_loss(stock, batch, eos_sees_target):
     hidden = text(
         inputs_embeds=embeds,
         position_ids=positions,
-        attention_mask=dict.fromkeys(set(text.config.layer_types), mask),
+        attention_mask=mask,
         use_cache=False,
+        **deepstack,
     ).last_hidden_state
     logits = hidden @ stock.get_input_embeddings().weight.T
     losses = []
@@ -452,6 +462,55 @@ def test_heads_come_back(tmp_path, model_type):
     assert CocoaForReconstruction.from_pretrained(tmp_path).bridge_projection is None
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_comes_back_and_is_an_embedding_model_too(tmp_path, model_type, tied):
+    model = reconstruction(model_type, "embedding")
+    if not tied:
+        model.config.tie_word_embeddings = False
+        embeddings = model.model.get_input_embeddings().weight.detach()
+        model = CocoaForReconstruction(model.model, lm_head=torch.randn_like(embeddings), bridge="embedding")
+    assert isinstance(model, PreTrainedModel) and model.base_model is model.model
+    model.save_pretrained(tmp_path / "one")
+    again = CocoaForReconstruction.from_pretrained(tmp_path / "one", bridge="embedding")
+    doubled = {name: 2 * value for name, value in model.state_dict().items()}
+    again.save_pretrained(tmp_path / "two", state_dict=doubled)
+    for folder, expected in (("one", model.state_dict()), ("two", doubled)):
+        found = CocoaForReconstruction.from_pretrained(tmp_path / folder, bridge="embedding").state_dict()
+        assert found.keys() == expected.keys()
+        backbones = [
+            load(tmp_path / folder).state_dict()
+            for load in (load_backbone, partial(AutoModel.from_pretrained, trust_remote_code=True))
+        ]
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+            if name.startswith("model."):
+                assert all(torch.equal(state[name.removeprefix("model.")], value) for state in backbones), name
+
+
+@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub"])
+def test_a_model_is_pushed_with_its_heads(api, hub, tmp_path, model_type, way):
+    model = reconstruction(model_type)
+    if way == "push_to_hub":
+        model.push_to_hub("org/warmup", private=True)
+    else:
+        model.save_pretrained(tmp_path / "folder", push_to_hub=True, repo_id="org/warmup", private=True)
+    repository = hub.repository("org/warmup")
+    files = set(repository.head().files)
+    assert repository.private and {HEADS_FILE, "model.safetensors", "modules.json", "modeling_cocoa.py"} <= files
+    again = CocoaForReconstruction.from_pretrained("org/warmup").state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(again[name], value), name
+
+
+def test_heads_do_not_change_the_backbone_that_they_are_made_for(backbone):
+    """Neither its weights nor adapters in it, which transformers would take for weights that are missing."""
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), backbone)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    CocoaForReconstruction(backbone)
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(before[name], value), name
+
+
 def test_heads_that_are_missing_are_said(tmp_path, model_type, caplog):
     model = reconstruction(model_type, "layerwise")
     model.model.save_pretrained(tmp_path)
@@ -460,7 +519,7 @@ def test_heads_that_are_missing_are_said(tmp_path, model_type, caplog):
     attach_mask_token(model.model, 5)
     model.model.save_pretrained(tmp_path)
     CocoaForReconstruction.from_pretrained(tmp_path)
-    assert "was pre-trained, but there is no reconstruction.safetensors" in caplog.text
+    assert "Starting new reconstruction heads" in caplog.text
 
 
 def test_an_untied_head_is_read_from_the_generative_checkpoint(tmp_path, model_type):

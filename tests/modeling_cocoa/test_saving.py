@@ -16,15 +16,15 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
-from transformers import AutoModel, Qwen2_5_VLProcessor
+from transformers import AutoModel, AutoProcessor
 
-from modeling_cocoa import saving
 from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.processing_cocoa import CocoaProcessor
 from modeling_cocoa.saving import mend_cocoa, repair_cocoa, save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
-from tests.conftest import CLASSES, sharpen
-from trainers.from_scratch import build_model
+from tests.conftest import CLASSES, VISION, sharpen
+from trainers.recipes.from_scratch import build_model
+from trainers.recipes.tiny_processor import processor_around
 
 TEXT_CONFIG = {
     "hidden_size": 64,
@@ -33,17 +33,7 @@ TEXT_CONFIG = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-VISION_CONFIGS = {
-    "qwen2_vl": {"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2},
-    "qwen2_5_vl": {
-        "depth": 2,
-        "hidden_size": 32,
-        "num_heads": 2,
-        "intermediate_size": 64,
-        "window_size": 32,
-        "fullatt_block_indexes": [1],
-    },
-}
+VISION_CONFIGS = {kind: {"depth": 2, "num_heads": 2, **config} for kind, config in VISION.items()}
 PROMPTS = {"query": "Find the picture: ", "document": "", "sort": "Put in a drawer"}
 LONG = "nerd face with glasses and a very long story about apples " * 20
 
@@ -59,11 +49,15 @@ def processor(processor, model_type):
 
 
 def of_kind(processor, model_type):
-    if model_type == "qwen2_vl":
-        return processor
-    stock = processor.processor
-    parts = {name: getattr(stock, name) for name in ("image_processor", "tokenizer", "video_processor")}
-    return CocoaProcessor(Qwen2_5_VLProcessor(**parts))
+    sizes = processor.image_processor.size
+    return processor_around(
+        processor.tokenizer,
+        patch_size=processor.image_processor.patch_size,
+        min_pixels=sizes["shortest_edge"],
+        max_pixels=sizes["longest_edge"],
+        max_length=processor.max_length,
+        model_type=model_type,
+    )
 
 
 @pytest.fixture
@@ -169,7 +163,7 @@ def test_a_trained_model_is_what_is_saved(folder, processor, tmp_path, inputs):
 
 def test_the_folder_is_complete_and_holds_nothing_else(folder, model_type):
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    code = {"modeling_cocoa_qwen2_vl.py", "modeling_cocoa_qwen2_5_vl.py"} & names
+    code = {f"modeling_cocoa_{kind}.py" for kind in CLASSES} & names
     assert code == {f"modeling_cocoa_{model_type}.py"}
     assert {"modeling_cocoa.py", "attention.py", "pooling.py", "configuration_cocoa.py"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl", ".pickle", ".tmp"))]
@@ -180,6 +174,110 @@ def test_the_folder_is_complete_and_holds_nothing_else(folder, model_type):
     assert pooling["embedding_dimension"] == 64, pooling
     text = "".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".jinja", ".md", ".py"))
     assert str(folder.parent) not in text and "/tmp" not in text, "no path of the machine that saved it"
+
+
+def names_in(folder) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("saves_processor", ["with the model", "itself"])
+def test_a_backbone_saves_the_folder_that_save_cocoa_does(cocoa, processor, folder, tmp_path, inputs, saves_processor):
+    own = tmp_path / "own"
+    if saves_processor == "itself":
+        cocoa.save_pretrained(own)
+        processor.save_pretrained(own)
+    else:
+        cocoa.save_pretrained(own, processor=processor)
+    assert names_in(own) == names_in(folder) - {"README.md"} and repair_cocoa(own) == []
+    expected = SentenceTransformer(str(folder), device="cpu").encode(inputs)
+    auto = AutoModel.from_pretrained(own, trust_remote_code=True)
+    for name, value in cocoa.state_dict().items():
+        assert torch.equal(auto.state_dict()[name], value), name
+    for name, model in loaders(own).items():
+        assert_close(model.encode(inputs), expected, name)
+
+
+def test_a_backbone_saved_again_keeps_the_prompts(cocoa, processor, folder, tmp_path):
+    before = {name: (folder / name).read_bytes() for name in names_in(folder)}
+    cocoa.save_pretrained(folder)
+    assert names_in(folder) == set(before)
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
+    assert settings["prompts"] == PROMPTS and (folder / "README.md").read_bytes() == before["README.md"]
+    model_type = cocoa.config.model_type
+    wider = build_model(
+        processor, {**TEXT_CONFIG, "hidden_size": 32}, VISION_CONFIGS[model_type], model_type=model_type
+    )
+    wider.save_pretrained(folder)
+    assert SentenceTransformer(str(folder), device="cpu").get_embedding_dimension() == 32
+
+
+def test_the_files_around_the_model_are_those_of_sentence_transformers(folder, tmp_path):
+    """Those that a model has which it loaded, saved again by sentence-transformers itself."""
+    SentenceTransformer(str(folder), device="cpu").save_pretrained(str(tmp_path / "theirs"))
+    for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "2_Normalize/config.json"):
+        assert json.loads((tmp_path / "theirs" / name).read_text()) == json.loads((folder / name).read_text()), name
+    ours, theirs = (
+        json.loads((place / "config_sentence_transformers.json").read_text())
+        for place in (folder, tmp_path / "theirs")
+    )
+    for settings in (ours, theirs):
+        settings.pop("__version__")
+    assert ours == {**theirs, "requirements": ours["requirements"]}
+
+
+def test_a_processor_of_another_model_is_refused(cocoa, processor, tmp_path):
+    stock = AutoProcessor.from_pretrained(save_unprepared(processor, tmp_path / "stock"))
+    with pytest.raises(ValueError, match=r"closes inputs with \[\], and the model pools EOS token"):
+        cocoa.save_pretrained(tmp_path / "x", processor=stock)
+    assert not (tmp_path / "x").exists()
+
+
+def save_unprepared(processor, folder) -> Path:
+    """The files of a processor whose tokenizer closes no input, as a generative checkpoint has it."""
+    processor.save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
+    return folder
+
+
+NAME, OTHERS = "org/cocoa-small", {"notes.txt", ".gitattributes"}
+
+
+@pytest.mark.parametrize("size", ["1GB", "50KB"], ids=["whole", "sharded"])
+def test_what_save_pretrained_pushes_is_the_folder_that_it_writes(
+    api, hub, cocoa, processor, tmp_path, inputs, size, model_type
+):
+    if model_type == "qwen2_vl":
+        api.create_repo(NAME)
+        api.upload_file(path_or_fileobj=b"old", path_in_repo="model.safetensors", repo_id=NAME)
+        api.upload_file(path_or_fileobj=b"theirs", path_in_repo="notes.txt", repo_id=NAME)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "optimizer.pt").write_bytes(b"state")
+    options = {"push_to_hub": True, "repo_id": NAME, "private": True, "commit_message": "small"}
+    cocoa.save_pretrained(tmp_path / "own", processor=processor, max_shard_size=size, **options)
+    remote = {name: value for name, value in hub.repository(NAME).head().files.items() if name not in OTHERS}
+    written = names_in(tmp_path / "own") - {"optimizer.pt"}
+    assert remote == {name: (tmp_path / "own" / name).read_bytes() for name in written}
+    assert json.loads(remote["config.json"])["architectures"] == [CLASSES[model_type][3].__name__]
+    expected = SentenceTransformer(modules=[CocoaTransformer(cocoa, processor)], device="cpu").encode(inputs)
+    for name, model in loaders(NAME).items():
+        assert_close(model.encode(inputs), expected, name)
+    assert type(AutoModel.from_pretrained(NAME, trust_remote_code=True)).__name__ == type(cocoa).__name__
+    assert hub.unknown == []
+
+
+@pytest.mark.parametrize(("name", "value"), [("image_mean", [0.1, 0.1, 0.1]), ("patch_size", 16)])
+def test_a_processor_that_reads_images_otherwise_is_refused(folder, cocoa, processor, tmp_path, name, value):
+    """Stock Qwen2-VL's defaults in a folder of Qwen3-VL, say: vectors of another image, without a word."""
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["image_processor"][name] = value
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"has {name}=.*{type(cocoa).__name__} needs"):
+        CocoaTransformer(folder)
+    setattr(processor.image_processor, name, value)
+    with pytest.raises(ValueError, match=f"has {name}=.*{type(cocoa).__name__} needs"):
+        save_cocoa(cocoa, processor, tmp_path / "again")
 
 
 def test_versions_that_would_give_other_vectors_are_refused(folder):
@@ -277,18 +375,15 @@ def test_saved_again_through_the_remote_loader_both_loaders_stay_open(cocoa, pro
         assert_close(first.encode(inputs), expected)
     if modules == "stock":
         assert_close(SentenceTransformer(str(tmp_path / "three"), device="cpu").encode(inputs), expected)
-    assert "config_sentence_transformers.json" in repair_cocoa(tmp_path / "three"), (
-        "the requirements are lost on the way"
-    )
-    assert repair_cocoa(tmp_path / "three") == []
+    assert repair_cocoa(tmp_path / "three") == [], "the requirements stay too"
 
 
-def test_saved_again_through_the_stock_loader_the_folder_can_be_mended(folder, tmp_path, inputs):
+def test_saved_again_through_the_stock_loader_the_folder_can_be_repaired(folder, tmp_path, inputs):
     stock = SentenceTransformer(str(folder), device="cpu")
     expected = stock.encode(inputs)
     again = tmp_path / "again"
     stock.save_pretrained(str(again))
-    with pytest.raises(OSError, match="modeling_cocoa_qwen2"):
+    with pytest.raises(OSError, match="modeling_cocoa_qwen"):
         SentenceTransformer(str(again), device="cpu", trust_remote_code=True)
     repaired = repair_cocoa(again)
     assert "modeling_cocoa.py" in repaired and "config_sentence_transformers.json" in repaired
@@ -301,7 +396,7 @@ def test_saved_again_through_the_stock_loader_the_folder_can_be_mended(folder, t
         assert_close(model.encode(inputs), expected)
 
 
-def test_a_folder_of_something_else_cannot_be_mended(tmp_path):
+def test_a_folder_of_something_else_cannot_be_repaired(tmp_path):
     with pytest.raises(ValueError, match="no CoCoA model"):
         repair_cocoa(tmp_path)
 
@@ -317,7 +412,7 @@ def test_other_files_in_the_folder_stay(cocoa, processor, folder):
 
 
 @pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("writer", ["_write_layout", "_name_cocoa_module", "repair_cocoa", "_card"])
+@pytest.mark.parametrize("writer", ["model_folder.write_json", "saving.repair_cocoa", "saving._card"])
 def test_a_save_that_fails_leaves_what_was_there(cocoa, processor, tmp_path, monkeypatch, existing, writer):
     folder = tmp_path / "cocoa"
     if existing:
@@ -330,7 +425,7 @@ def test_a_save_that_fails_leaves_what_was_there(cocoa, processor, tmp_path, mon
     if existing:
         (folder / "README.md").unlink()  # so that a card is written
         before.pop(folder / "README.md")
-    monkeypatch.setattr(saving, writer, fail)
+    monkeypatch.setattr(f"modeling_cocoa.{writer}", fail)
     with pytest.raises(RuntimeError, match="disk full"):
         save_cocoa(cocoa, processor, folder, modules="cocoa", prompts={"query": "other"})
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
@@ -342,6 +437,8 @@ def test_what_cannot_be_saved_is_said(folder, processor, cocoa, tmp_path):
         save_cocoa(cocoa, processor, tmp_path / "x", modules="ours")
     with pytest.raises(ValueError, match="processor"):
         save_cocoa(cocoa, None, tmp_path / "x")
+    with pytest.raises(ValueError, match=r"'sort', and the prompts are \['query'\]"):
+        save_cocoa(cocoa, processor, tmp_path / "x", prompts={"query": "Find: "}, default_prompt_name="sort")
     with pytest.raises(ValueError, match="CoCoA models.*trust_remote_code"):
         save_cocoa(SentenceTransformer(str(folder), device="cpu"), None, tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -390,7 +487,7 @@ def test_a_processor_prompt_becomes_the_default_prompt(cocoa, processor, folder,
     assert_close(stock.encode_query(inputs), model.encode_query(inputs))
 
 
-def test_a_module_that_names_the_package_can_be_mended(folder, tmp_path, inputs):
+def test_a_module_that_names_the_package_can_be_repaired(folder, tmp_path, inputs):
     model = SentenceTransformer(modules=[CocoaTransformer(folder)], prompts=PROMPTS, device="cpu")
     model.save_pretrained(str(tmp_path / "own"))
     assert {"modules.json", "sentence_transformer.py", "processing_cocoa.py"} <= set(repair_cocoa(tmp_path / "own"))
@@ -400,7 +497,7 @@ def test_a_module_that_names_the_package_can_be_mended(folder, tmp_path, inputs)
     assert repair_cocoa(tmp_path / "own") == []
 
 
-def test_a_reference_to_the_hub_is_mended(folder, inputs):
+def test_a_reference_to_the_hub_is_repaired(folder, inputs):
     """What the stock class saves after it was loaded from the Hub."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -414,25 +511,22 @@ def test_a_reference_to_the_hub_is_mended(folder, inputs):
     assert_close(remote(folder).encode(inputs), expected)
 
 
-def test_a_backbone_alone_cannot_be_mended(cocoa, tmp_path):
+def test_a_folder_without_modules_cannot_be_repaired(cocoa, tmp_path):
     cocoa.save_pretrained(tmp_path)
+    (tmp_path / "modules.json").unlink()
     with pytest.raises(ValueError, match="no modules.json.*save_cocoa"):
         repair_cocoa(tmp_path)
 
 
 @pytest.mark.parametrize("first", ["whole", "sharded"])
-def test_older_weights_are_not_loaded_instead_of_newer_ones(cocoa, processor, tmp_path, monkeypatch, first):
-    save = type(cocoa).save_pretrained
+def test_older_weights_are_not_loaded_instead_of_newer_ones(cocoa, processor, tmp_path, first):
     sizes = {"whole": "1GB", "sharded": "50KB"}
     order = [sizes.pop(first), *sizes.values()]
     for size in order:
         with torch.no_grad():
             for parameter in cocoa.parameters():
                 parameter.mul_(1.1)
-        monkeypatch.setattr(
-            type(cocoa), "save_pretrained", lambda self, folder, size=size: save(self, folder, max_shard_size=size)
-        )
-        save_cocoa(cocoa, processor, tmp_path / "cocoa")
+        cocoa.save_pretrained(tmp_path / "cocoa", processor=processor, max_shard_size=size)
         shards = len(list((tmp_path / "cocoa").glob("model-*-of-*.safetensors")))
         assert (shards > 1) == (size == "50KB")
     for name, value in load_backbone(tmp_path / "cocoa").state_dict().items():
@@ -450,6 +544,8 @@ def test_a_model_that_the_folder_cannot_hold_is_refused(cocoa, folder, processor
     for holder in (model, ours.model):
         with pytest.raises(ValueError, match="adapters.*merge_adapters"):
             save_cocoa(holder, processor, tmp_path / "x")
+    with pytest.raises(ValueError, match="adapters.*merge_adapters"):
+        ours.model.save_pretrained(tmp_path / "x", processor=processor)
     assert not (tmp_path / "x").exists()
 
 
@@ -457,7 +553,7 @@ def test_options_mean_the_same_through_every_loader(cocoa, processor, tmp_path, 
     save_cocoa(cocoa, processor, tmp_path / "stock")
     save_cocoa(cocoa, processor, tmp_path / "cocoa", modules="cocoa")
     options = {
-        "processor_kwargs": {"min_pixels": 256, "max_pixels": 512, "model_max_length": 30},
+        "processor_kwargs": {"min_pixels": 256, "max_pixels": 512, "model_max_length": 64},
         "config_kwargs": {"attn_implementation": "eager"},
         "model_kwargs": {"dtype": torch.float64},
     }
@@ -467,7 +563,7 @@ def test_options_mean_the_same_through_every_loader(cocoa, processor, tmp_path, 
     for name in ("stock", "cocoa"):
         model = remote(tmp_path / name, **options)
         assert model.dtype == torch.float64 and model.config._attn_implementation == "eager"
-        assert model.max_seq_length == 30
+        assert model.max_seq_length == 64
         assert_close(model.encode(inputs), expected, name)
     with pytest.raises(ValueError, match="torch only; got backend='onnx'"):
         remote(tmp_path / "cocoa", backend="onnx")
@@ -492,10 +588,10 @@ def test_a_save_that_is_cut_off_leaves_no_folder_of_two_models(cocoa, processor,
 
     def cut_off(source, target):
         replaced(source, target)
-        if str(target).endswith("model.safetensors"):
+        if Path(target) == tmp_path / "cocoa" / "model.safetensors":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(saving.os, "replace", cut_off)
+    monkeypatch.setattr(os, "replace", cut_off)
     with pytest.raises(KeyboardInterrupt):
         save_cocoa(cocoa, processor, tmp_path / "cocoa")
     assert not (tmp_path / "cocoa" / "modules.json").exists(), "sentence-transformers would load it"

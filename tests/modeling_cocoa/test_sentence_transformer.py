@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses.gradcache import _create_minibatch
 from transformers import Qwen2VLForConditionalGeneration
 
+from evaluation.assets import asset_path
 from modeling_cocoa.inputs import CocoaInputError
 from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
@@ -189,3 +193,23 @@ def test_sizes_beside_a_processor_are_refused(model):
         CocoaTransformer(model[0].model, model[0].processor, max_length=64)
     with pytest.raises(ValueError, match=r"\['min_pixels'\] would change"):
         CocoaTransformer(model[0].model, model[0].processor, processor_kwargs={"min_pixels": 64})
+
+
+def test_a_prompt_of_the_checkpoint_is_chosen_by_name(tmp_path, model):
+    folder = shutil.copytree(asset_path("checkpoints/cocoa-tiny"), tmp_path / "model")
+    file = folder / "config_sentence_transformers.json"
+    prompts = {"query": "Find the image.", "document": ""}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prompts": prompts}))
+    module, stock = CocoaTransformer(folder), SentenceTransformer(str(folder), device="cpu")
+    assert module.prompts == stock.prompts == prompts
+    plain = module.encode(["a red apple"])
+    assert np.abs(module.encode(["a red apple"], prompt_name="query") - plain).max() > 1e-3
+    for name in prompts:
+        expected = stock.encode(["a red apple"], prompt_name=name)
+        np.testing.assert_allclose(module.encode(["a red apple"], prompt_name=name), expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"no prompt 'passage'; this model's prompts are \['document', 'query'\]"):
+        module.encode(["a red apple"], prompt_name="passage")
+    with pytest.raises(ValueError, match="either prompt or prompt_name"):
+        module.encode(["a red apple"], prompt="Find.", prompt_name="query")
+    with pytest.raises(ValueError, match="no prompt 'query'"):
+        model[0].encode(["a red apple"], prompt_name="query")

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_cocoa import layers, packing
-from modeling_cocoa.packing import GROUPS, VARLEN, attend, find_varlen_attn, pack, sdpa_kernel, varlen_attention
+from modeling_cocoa import packed_attention
+from modeling_cocoa.packed_attention import GROUPS, VARLEN, attend, find_varlen_attn, sdpa_kernel, varlen_attention
+from modeling_cocoa.packing import pack
 from tests.conftest import CLASSES, tiny_config
 from tests.modeling_cocoa.test_modeling import batch_of, rows, with_backend
 from tests.modeling_cocoa.test_packing import SHAPE, Attention, segments_of
@@ -62,10 +63,9 @@ KERNELS = pytest.mark.parametrize("kernel", [oldest, newest])
 
 def use(patch, kernel):
     """Have `sdpa` go by boundaries, with a kernel."""
-    patch.setattr(packing, "find_varlen_attn", lambda: kernel)
-    for module in (packing, layers):
-        patch.setattr(module, "sdpa_kernel", lambda *args: VARLEN)
-    layers.vision_spans.cache_clear()
+    patch.setattr(packed_attention, "find_varlen_attn", lambda: kernel)
+    patch.setattr(packed_attention, "sdpa_kernel", lambda *args: VARLEN)
+    packed_attention.image_spans.cache_clear()
 
 
 @pytest.fixture(params=[oldest, newest], ids=["torch 2.11", "torch 2.14"])
@@ -73,23 +73,20 @@ def kernel(request, monkeypatch):
     """The stand-in, in use."""
     use(monkeypatch, request.param)
     yield request.param
-    layers.vision_spans.cache_clear()
+    packed_attention.image_spans.cache_clear()
 
 
 @KERNELS
-@given(SHAPE, st.booleans(), st.booleans(), st.booleans())
-def test_boundaries_give_what_groups_give(kernel, shapes, left, eos_only, eos_sees_target):
-    if eos_only:
-        shapes = [(source, 0, gap) for source, _, gap in shapes]
+@given(SHAPE, st.booleans(), st.booleans())
+def test_boundaries_give_what_groups_give(kernel, shapes, left, eos_sees_target):
     packed = pack(segments_of(shapes, left), eos_sees_target)
     generator = torch.Generator().manual_seed(len(shapes))
     query = torch.randn(len(packed.index), 4, 8, generator=generator)
     key, value = (torch.randn(len(packed.index), 2, 8, generator=generator) for _ in range(2))
-    queries = query[packed.eos[packed.order]] if eos_only else query
-    states = [part.clone().requires_grad_() for part in (queries, key, value)]
+    states = [part.clone().requires_grad_() for part in (query, key, value)]
 
     def run() -> tuple[torch.Tensor, ...]:
-        output = attend(Attention(), *states, packed, implementation="sdpa", scaling=0.5, eos_only=eos_only)
+        output = attend(Attention(), *states, packed, implementation="sdpa", scaling=0.5)
         return output, *torch.autograd.grad(output.square().sum(), states)
 
     expected = run()
@@ -105,7 +102,7 @@ def test_vectors_and_gradients_are_those_of_the_padded_reference(kernel, model_t
     found = {}
     for implementation in ("sdpa", "eager"):
         model = with_backend(model_type, implementation)
-        vectors = model(**batch_of(rows(torch.Generator().manual_seed(3)), padding_side)).pooler_output
+        vectors = model(**batch_of(rows(model_type), padding_side)).pooler_output
         weights = [model.visual.blocks[0].attn.qkv.weight, model.language_model.layers[0].self_attn.k_proj.weight]
         found[implementation] = vectors, *torch.autograd.grad(vectors[:, 0].sum(), weights)
     torch.testing.assert_close(found["sdpa"], found["eager"], atol=1e-5, rtol=1e-4)
@@ -166,11 +163,11 @@ def test_a_cpu_takes_groups_without_a_word(backbone, caplog):
 )
 def test_a_gpu_that_cannot_go_by_boundaries_is_named_once(options, capability, kernel, reason, monkeypatch, caplog):
     sdpa_kernel.cache_clear()
-    monkeypatch.setattr(packing, "find_varlen_attn", lambda: kernel)
+    monkeypatch.setattr(packed_attention, "find_varlen_attn", lambda: kernel)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    caplog.set_level(logging.DEBUG, logger=packing.__name__)
+    caplog.set_level(logging.DEBUG, logger=packed_attention.__name__)
     found = [sdpa_kernel(torch.device("cuda", 0), *options) for _ in range(3)]
     assert found == [VARLEN if reason is None else GROUPS] * 3
     (record,) = caplog.records

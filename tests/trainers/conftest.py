@@ -13,8 +13,8 @@ import pytest
 from datasets import Dataset
 
 from modeling_cocoa.processing_cocoa import CocoaProcessor
-from trainers.from_scratch import build_model
-from trainers.tiny_processor import build_tiny_processor
+from trainers.recipes.from_scratch import build_model
+from trainers.recipes.tiny_processor import build_tiny_processor
 
 ROOT = Path(__file__).parents[2]
 EMOJI = ROOT / "data" / "emoji.parquet"

@@ -27,7 +27,8 @@ from modeling_cocoa.auto import load_backbone
 from modeling_cocoa.modeling_cocoa_qwen2_vl import CocoaQwen2VLModel
 from modeling_cocoa.saving import save_cocoa
 from tests.trainers.test_run_folder import trainer_of
-from trainers.adapters import dequantized_state_dict, load_checkpoint, merge_adapters, prepare_parts, save_adapter
+from trainers.adapter_files import load_checkpoint, save_adapter
+from trainers.adapters import dequantized_state_dict, merge_adapters, prepare_parts
 
 LINEAR = {"target_modules": ["q_proj", "down_proj", "fc1"]}
 KINDS = {
@@ -118,7 +119,7 @@ def saved(tmp_path, model):
 
 
 @pytest.mark.parametrize("kind", ["reconstruction", "contrastive"])
-def test_loaded_adapters_go_on_training_or_are_folded_in(tmp_path, processor, emoji, inputs, saved, kind):
+def test_loaded_adapters_go_on_training_or_are_merged(tmp_path, processor, emoji, inputs, saved, kind):
     base, adapted, folder = saved
     expected, fresh = vectors(adapted, inputs), copy.deepcopy(base)
     base.load_adapter(str(folder))

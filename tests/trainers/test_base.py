@@ -21,7 +21,7 @@ from trainers import (
     CocoaReconstructionConfig,
     CocoaReconstructionTrainer,
 )
-from trainers.from_scratch import build_model
+from trainers.recipes.from_scratch import build_model
 
 
 @pytest.fixture
@@ -84,8 +84,11 @@ def test_the_eos_is_the_processor_s_from_the_first_stage_on(tmp_path, processor,
     config.text_config.eos_token_id, config.cocoa = other, None
     model = type(model)(config)
     assert model.cocoa.eos_token_id == other != processor.eos_token_id
-    save_cocoa(model, processor, tmp_path / "start")
+    with pytest.raises(ValueError, match="The processor closes inputs with"):
+        save_cocoa(model, processor, tmp_path / "start")
     folder = tmp_path / "start"
+    model.save_pretrained(folder)  # as a base checkpoint comes: its files side by side
+    processor.save_pretrained(folder)
     pairs = emoji.select_columns(["text", "image"]).rename_columns({"text": "query", "image": "positive"})
     options = {"use_cpu": True, "report_to": "none", "check_data": False, "max_steps": 1, "disable_tqdm": True}
     for stage in [first] if first == "contrastive" else [first, "contrastive"]:
@@ -102,3 +105,12 @@ def test_the_eos_is_the_processor_s_from_the_first_stage_on(tmp_path, processor,
     model.cocoa = replace(model.cocoa, mask_token_id=processor.mask_token_id)
     with pytest.raises(ValueError, match=f"trained with EOS token {other}, the processor has"):
         CocoaReconstructionTrainer(model, args if first != "contrastive" else None, processing_class=processor)
+
+
+@pytest.mark.parametrize("config", [CocoaReconstructionConfig, CocoaContrastiveConfig])
+@pytest.mark.parametrize(("before", "now"), [("raise", "error"), ("skip", "skip")])
+def test_the_former_name_of_on_bad_row_warns_and_does_the_same(tmp_path, config, before, now):
+    with pytest.warns(FutureWarning, match="on_bad_row") as warned:
+        args = config(output_dir=str(tmp_path), use_cpu=True, on_bad_sample=before)
+    assert args.on_bad_row == now and warned[0].filename == __file__
+    assert replace(args, seed=1).on_bad_row == now

@@ -13,12 +13,16 @@ from datasets import Image as ImageFeature
 from peft import LoraConfig
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.sampler import DefaultBatchSampler, RoundRobinBatchSampler
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize
+from torch.utils.data import SequentialSampler
 
+from modeling_cocoa.saving import save_cocoa
 from modeling_cocoa.sentence_transformer import CocoaTransformer
 from trainers.contrastive_config import CocoaContrastiveConfig
 from trainers.contrastive_trainer import CocoaContrastiveTrainer
-from trainers.recipe_data import contrastive_data
+from trainers.recipes.recipe_data import contrastive_data
 from trainers.retrieval import retrieval_evaluator
 
 
@@ -298,7 +302,15 @@ def test_prompts_and_dimensions_of_the_model_are_saved(tmp_path, model, processo
 
 
 @pytest.mark.parametrize(
-    "columns", [["positive", "query"], ["query", "positive", "negative"], ["anchor", "positive"], ["query"]]
+    "columns",
+    [
+        ["positive", "query"],
+        ["positive", "anchor"],
+        ["query", "negative", "positive"],
+        ["anchor", "negative_1", "positive"],
+        ["query"],
+        ["query", "label"],
+    ],
 )
 def test_wrong_columns_are_named(tmp_path, model, processor, columns):
     dataset = Dataset.from_dict({name: ["a"] for name in columns})
@@ -310,9 +322,45 @@ def test_other_columns_are_named_and_not_used(tmp_path, model, processor, pairs,
     logging.getLogger("transformers").propagate = True
     rows = pairs.add_column("id", list(range(64))).select_columns(["query", "id", "positive"])
     trainer = trainer_of(model, processor, rows, tmp_path)
-    assert "train_dataset: columns ['id'] are not used; known are 'query', 'positive'" in caplog.text
+    assert "train_dataset: columns ['id'] are not used; used are ['query', 'positive']" in caplog.text
     assert trainer.train_dataset.column_names == ["query", "positive"]
     trainer.train()
+
+
+@pytest.mark.parametrize(
+    "columns", [["anchor", "positive", "negative"], ["question", "answer", "wrong", "score"], ["query", "b", "c"]]
+)
+@pytest.mark.parametrize("by_dataset", [False, True])
+def test_columns_are_read_by_position_as_sentence_transformers_does(tmp_path, model, processor, columns, by_dataset):
+    rows = {name: [f"{number} {name}" for number in range(4)] for name in columns}
+    rows.update({"score": [1.0] * 4} if "score" in rows else {})
+    prompts = {columns[0]: "Find it.", columns[1]: "It is here."}
+    data = Dataset.from_dict(rows)
+    trainer = trainer_of(
+        model,
+        processor,
+        DatasetDict({"a": data}) if by_dataset else data,
+        tmp_path,
+        prompts={"a": prompts} if by_dataset else prompts,
+    )
+    read = trainer.train_dataset["a"] if by_dataset else trainer.train_dataset
+    assert read.column_names == ["query", "positive", "negative_1"]
+    assert [list(read[name]) for name in read.column_names] == [rows[name] for name in columns[:3]]
+    expected = {"query": "Find it.", "positive": "It is here."}
+    assert trainer.args.prompts == ({"a": expected} if by_dataset else expected)
+    assert trainer.model.prompts == {
+        **trainer.model.prompts,
+        **({} if by_dataset else {"query": "Find it.", "document": "It is here."}),
+    }
+    words = trainer.model.tokenizer.decode(trainer.data_collator([read[0]])["query_input_ids"][0])
+    assert "Find it." in words and f"0 {columns[0]}" in words
+
+
+def test_a_prompt_for_a_column_of_two_meanings_is_refused(tmp_path, model, processor):
+    one, other = {"a": ["x"] * 2, "b": ["y"] * 2}, {"b": ["x"] * 2, "a": ["y"] * 2}
+    data = {"one": Dataset.from_dict(one), "other": Dataset.from_dict(other)}
+    with pytest.raises(ValueError, match=r"the column 'a' is \['positive', 'query'\] in different datasets"):
+        trainer_of(model, processor, data, tmp_path, prompts={"a": "Find it."})
 
 
 def test_a_streamed_dataset_is_refused(tmp_path, model, processor, pairs):
@@ -339,12 +387,12 @@ def test_a_pair_that_is_alone_has_nothing_to_learn_from(tmp_path, model, process
 def test_bad_rows_stop_before_the_first_step_or_are_skipped_and_counted(tmp_path, model, processor):
     picture = Image.new("RGB", (64, 64), "red")
     dataset = Dataset.from_dict({"query": ["red", " ", "again"], "positive": [picture] * 3})
-    with pytest.raises(ValueError, match="Row 1 of the training data: the text is empty.*on_bad_sample"):
+    with pytest.raises(ValueError, match="Row 1 of the training data .*: the text is empty.*on_bad_row"):
         trainer_of(model, processor, dataset, tmp_path, check_data=True)
-    trainer = trainer_of(model, processor, dataset, tmp_path, check_data=True, on_bad_sample="skip")
+    trainer = trainer_of(model, processor, dataset, tmp_path, check_data=True, on_bad_row="skip")
     assert trainer.train_dataset["query"] == ["red", "again"]
     trainer = trainer_of(
-        model, processor, dataset, tmp_path, on_bad_sample="skip", per_device_train_batch_size=3, logging_steps=1
+        model, processor, dataset, tmp_path, on_bad_row="skip", per_device_train_batch_size=3, logging_steps=1
     )
     trainer.train()
     skipped = [entry["skipped_rows"] for entry in trainer.state.log_history if "loss" in entry]
@@ -353,10 +401,15 @@ def test_bad_rows_stop_before_the_first_step_or_are_skipped_and_counted(tmp_path
 
 def test_a_corrupt_picture_in_an_image_column_is_a_bad_row(tmp_path, model, processor, emoji):
     rows = {"query": ["red", "blue"], "positive": [emoji[0]["image"], {"bytes": b"not a picture", "path": None}]}
-    dataset = Dataset.from_dict(rows, features=Features({"query": Value("string"), "positive": ImageFeature()}))
-    with pytest.raises(ValueError, match="Row 1 of the training data: .*image cannot be read"):
+    features = Features({"query": Value("string"), "positive": ImageFeature()})
+    positives = [emoji[0]["image"], {"bytes": b"not a picture", "path": "b.png"}]
+    named = Dataset.from_dict({**rows, "positive": positives}, features)
+    with pytest.raises(ValueError, match=r"Row 1 of the training data \(the first is row 0\): b.png cannot be read"):
+        trainer_of(model, processor, named, tmp_path, check_data=True)
+    dataset = Dataset.from_dict(rows, features=features)
+    with pytest.raises(ValueError, match=r"Row 1 of the training data .*: the image cannot be read"):
         trainer_of(model, processor, dataset, tmp_path, check_data=True)
-    trainer = trainer_of(model, processor, dataset, tmp_path, on_bad_sample="skip", per_device_train_batch_size=2)
+    trainer = trainer_of(model, processor, dataset, tmp_path, on_bad_row="skip", per_device_train_batch_size=2)
     trainer.train()
     assert trainer.state.log_history[0]["skipped_rows"] >= 1
 
@@ -370,7 +423,7 @@ def test_rows_that_workers_leave_out_are_counted(tmp_path, model, processor):
             processor,
             dataset,
             tmp_path,
-            on_bad_sample="skip",
+            on_bad_row="skip",
             per_device_train_batch_size=8,
             logging_steps=1,
             dataloader_num_workers=workers,
@@ -385,8 +438,9 @@ def test_rows_that_workers_leave_out_are_counted(tmp_path, model, processor):
     [
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"temperature": 0.005, "learnable_temperature": True}, "never below 0.01, where it would begin; got 0.005"),
+        ({"distillation_weight": 0.0}, "distillation_weight must be above 0; got 0.0"),
         ({"mini_batch_size": 0}, "mini_batch_size must be 1 or more"),
-        ({"mini_batch_size": 2, "mini_batch_num_tokens": 9}, "give one of them"),
+        ({"mini_batch_size": 2, "mini_batch_num_tokens": 9}, "not both"),
         ({"num_hard_negatives": -1}, "num_hard_negatives must be 0 or more"),
         ({"image_resolution": "huge"}, "image_resolution must be a side in pixels or one of"),
         ({"image_resolution": 0}, "image_resolution must be a side in pixels"),
@@ -395,10 +449,10 @@ def test_rows_that_workers_leave_out_are_counted(tmp_path, model, processor):
         ({"false_negative_margin": 0.1, "symmetric": True}, "cannot go with symmetric"),
         ({"false_negative_margin": 0.1, "learnable_temperature": True}, "cannot go with learnable_temperature"),
         ({"sampling_alpha": -1.0}, "sampling_alpha must be 0 or more"),
-        ({"query_prompt": "a", "prompts": "b"}, "give one of them"),
+        ({"query_prompt": "a", "prompts": "b"}, "not both"),
         ({"multi_dataset_batch_sampler": "round_robin"}, "leave multi_dataset_batch_sampler"),
         ({"early_stopping_patience": 2}, "load_best_model_at_end"),
-        ({"on_bad_sample": "drop"}, "on_bad_sample must be one of"),
+        ({"on_bad_row": "drop"}, "on_bad_row must be one of"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, options, message):
@@ -422,7 +476,7 @@ def two_tasks(emoji):
     return DatasetDict({"names": names, "styles": styles})
 
 
-def test_the_best_checkpoint_by_retrieval_is_what_is_left(tmp_path, model, processor, emoji):
+def test_the_best_checkpoint_by_retrieval_is_what_is_left(tmp_path, model, processor, emoji, caplog):
     data = two_tasks(emoji)
     trainer = CocoaContrastiveTrainer(
         model,
@@ -449,6 +503,7 @@ def test_the_best_checkpoint_by_retrieval_is_what_is_left(tmp_path, model, proce
     assert trainer.state.global_step < 30, "a score that does not rise stops the run"
     assert trainer.state.best_metric == max(scores) > scores[-1]
     found = trainer.evaluate()
+    assert "early stopping" not in caplog.text, "it is at work, and not disabled"
     ours = [name for name in found if "cosine" in name or "sequential" in name]
     assert sorted(ours) == sorted(name for name in logs[0] if "cosine" in name or "sequential" in name)
     assert found["eval_sequential_score"] == pytest.approx(trainer.state.best_metric)
@@ -463,6 +518,24 @@ def test_the_best_checkpoint_by_retrieval_is_what_is_left(tmp_path, model, proce
     ranks = ((queries @ corpus.T) >= (queries * corpus).sum(1)[:, None] - 1e-6).sum(1)
     expected = float(np.mean(ranks <= 10))
     assert abs(found["eval_names_cosine_recall@10"] - expected) <= 1 / 64
+
+
+@pytest.mark.parametrize("warmup_steps", [1, 0])
+def test_a_best_model_that_was_never_trained_is_told(tmp_path, model, processor, pairs, caplog, warmup_steps):
+    options = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    options.update(load_best_model_at_end=True, metric_for_best_model="eval_loss", warmup_steps=warmup_steps)
+    options.update(greater_is_better=True, learning_rate=8e-3)  # so that no evaluation is better than the first
+    trainer = CocoaContrastiveTrainer(
+        copy.deepcopy(model),
+        arguments(tmp_path, **options),
+        train_dataset=pairs,
+        eval_dataset=pairs,
+        processing_class=processor,
+    )
+    trainer.train()
+    is_base = all(map(torch.equal, trainer.backbone.parameters(), model.parameters()))
+    assert trainer.state.best_global_step == 1 and is_base == (warmup_steps == 1)
+    assert ("is the one that training began with" in caplog.text) == is_base
 
 
 def test_early_stopping_goes_on_counting(tmp_path, model, processor, pairs):
@@ -635,7 +708,7 @@ def test_images_are_stretched_as_asked(tmp_path, model, processor, emoji):
     [
         ("fsdp", {"mini_batch_num_tokens": 40}, "use mini_batch_size"),
         ("fsdp", {"learnable_temperature": True}, "A learned temperature"),
-        ("fsdp", {"mini_batch_size": 4, "on_bad_sample": "skip"}, "equally many rows.*check_data=True"),
+        ("fsdp", {"mini_batch_size": 4, "on_bad_row": "skip"}, "equally many rows.*check_data=True"),
         (
             "fsdp",
             {"mini_batch_size": 4, "task_homogeneous": False},
@@ -670,7 +743,7 @@ def test_two_entries_of_one_name_are_an_error(tmp_path, emoji):
 
 
 def test_matryoshka_needs_the_whole_length(tmp_path, model, processor, pairs):
-    with pytest.raises(ValueError, match="must have the whole length 64 too"):
+    with pytest.raises(ValueError, match="must include the full size, 64"):
         trainer_of(model, processor, pairs, tmp_path, matryoshka_dims=[32, 16])
 
 
@@ -691,3 +764,82 @@ def test_prompts_of_training_are_those_of_the_saved_model(tmp_path, model, proce
 def model_vectors(model, processor, text, prompt):
     """The vector of a text behind a prompt."""
     return CocoaTransformer(model, processor).encode([text], prompt=prompt)[0]
+
+
+@pytest.mark.parametrize("form", ["instance", "callable", "by dataset"])
+def test_a_loss_of_ones_own_is_used(tmp_path, model, processor, pairs, form):
+    module = SentenceTransformer(modules=[CocoaTransformer(model, processor)])
+    loss = {
+        "instance": CoSENTLike(module),
+        "callable": CoSENTLike,
+        "by dataset": {"one": CoSENTLike(module), "two": MultipleNegativesRankingLoss(module)},
+    }[form]
+    data = pairs if form != "by dataset" else DatasetDict({"one": pairs, "two": pairs})
+    args = arguments(tmp_path)
+    trainer = CocoaContrastiveTrainer(module, args, train_dataset=data, loss=loss)
+    trainer.train()
+    own = trainer.loss["one"] if form == "by dataset" else trainer.loss
+    assert isinstance(own, CoSENTLike) and own.calls > 0
+    with pytest.raises(ValueError, match=r"\['temperature'\] describe the trainer's own loss"):
+        CocoaContrastiveTrainer(module, arguments(tmp_path, temperature=0.1), train_dataset=data, loss=loss)
+
+
+class CoSENTLike(torch.nn.Module):
+    """Distance of each query from its positive."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.calls = model, 0
+
+    def forward(self, sentence_features, labels=None):
+        self.calls += 1
+        query, positive = (self.model(features)["sentence_embedding"] for features in sentence_features)
+        return (1 - (query * positive).sum(-1)).mean()
+
+
+def test_values_are_compared_in_several_datasets_with_prompts(tmp_path, model, processor, pairs):
+    """sentence-transformers then adds the name of its dataset to every row, which is no equal value."""
+    data = DatasetDict({"one": pairs, "two": pairs.select(range(32))})
+    options = {"batch_sampler": "no_duplicates", "query_prompt": "Find it."}
+    trainer = trainer_of(model, processor, data, tmp_path, **options)
+    sizes = [len(batch) for batch in trainer.get_train_dataloader().batch_sampler]
+    assert sum(sizes) == 96 and set(sizes) == {16}
+
+
+def test_samplers_of_ones_own_are_used(tmp_path, model, processor, pairs):
+    """By sentence-transformers' arguments, cut into the parts of processes as any other."""
+    made = []
+
+    def batch_sampler(dataset, **kwargs):
+        made.append(len(dataset))
+        kwargs.pop("valid_label_columns", None)
+        seed, generator = kwargs.pop("seed"), kwargs.pop("generator")
+        sampler = DefaultBatchSampler(SequentialSampler(dataset), generator=generator, seed=seed, **kwargs)
+        return sampler
+
+    def several(dataset, batch_samplers, generator, seed):
+        return RoundRobinBatchSampler(dataset, batch_samplers=batch_samplers, generator=generator, seed=seed)
+
+    data = DatasetDict({"one": pairs, "two": pairs.select(range(32))})
+    options = {"batch_sampler": batch_sampler, "multi_dataset_batch_sampler": several}
+    trainer = trainer_of(model, processor, data, tmp_path, **options)
+    batches = list(trainer.get_train_dataloader().batch_sampler)
+    assert made == [64, 32]
+    assert batches[:2] == [list(range(16)), list(range(64, 80))]
+    trainer.train()
+    with pytest.raises(ValueError, match="no_duplicates=True has a batch_sampler of its own"):
+        arguments(tmp_path, no_duplicates=True, batch_sampler=batch_sampler)
+
+
+def test_a_model_given_by_name_is_loaded_with_model_init_kwargs(tmp_path, model, processor, pairs):
+    save_cocoa(model, processor, tmp_path / "start")
+    options = {"model_init_kwargs": {"dtype": "bfloat16", "attn_implementation": "eager"}}
+    args = arguments(tmp_path / "run", **options)
+    trainer = CocoaContrastiveTrainer(str(tmp_path / "start"), args, train_dataset=pairs)
+    assert trainer.backbone.dtype == torch.bfloat16 and trainer.backbone.config._attn_implementation == "eager"
+    trainer.train()
+    plain = CocoaContrastiveTrainer(str(tmp_path / "start"), arguments(tmp_path / "run2"), train_dataset=pairs)
+    assert plain.backbone.dtype == torch.float32
+    assert arguments(tmp_path, model_init_kwargs='{"dtype": "float16"}').model_init_kwargs == {"dtype": "float16"}
+    with pytest.raises(ValueError, match="are for a model that is given by name"):
+        trainer_of(model, processor, pairs, tmp_path, **options)

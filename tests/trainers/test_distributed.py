@@ -13,7 +13,7 @@ from datasets import Image as ImageFeature
 from safetensors.torch import load_file
 
 from modeling_cocoa.saving import save_cocoa
-from tests.trainers.conftest import run_python
+from tests.trainers.conftest import ROOT, run_python
 
 SCRIPT = """
 import json, os, sys
@@ -89,7 +89,7 @@ from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 from trainers import CocoaReconstructionConfig, CocoaReconstructionTrainer
-from trainers.collators import DIRECTIONS
+from trainers.data.collators import DIRECTIONS
 
 model, folder, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 
@@ -204,7 +204,7 @@ def test_texts_on_one_process_and_images_on_the_other(tmp_path, start, emoji, st
 
 def test_batches_by_tokens_are_shared_between_processes(tmp_path, start):
     """Two batches of the budget have the gradients of the same rows in one process, taken in two batches."""
-    options = {"stage": "warmup", "per_device_train_batch_tokens": 120}
+    options = {"stage": "warmup", "per_device_train_batch_num_tokens": 120}
     two, loss = gradients_of(start, tmp_path / "two", 2, **options)
     one, one_loss = gradients_of(start, tmp_path / "one", 1, gradient_accumulation_steps=2, **options)
     assert loss == pytest.approx(one_loss, rel=1e-5)
@@ -252,8 +252,9 @@ trainer.accelerator.end_training()
         {"symmetric": True},
         {"mini_batch_num_tokens": 30, "learnable_temperature": True, "matryoshka_dims": [64, 16]},
         {"mini_batch_size": 2, "false_negative_margin": 0.05},
+        {"mini_batch_size": 2, "teacher": str(ROOT / "checkpoints" / "cocoa-tiny"), "distillation_weight": 2.0},
     ],
-    ids=["plain", "cached", "false negatives"],
+    ids=["plain", "cached", "false negatives", "teacher"],
 )
 def test_pairs_with_images_on_one_process_and_texts_on_the_other(tmp_path, start, emoji, options):
     """

@@ -46,7 +46,7 @@ if stage == "contrastive":
     data = DatasetDict({{"all": pairs, "few": pairs.select(range(20))}})
     trainer = CocoaContrastiveTrainer(start, args, train_dataset=data)
 else:
-    args = CocoaReconstructionConfig(folder, stage=stage, per_device_train_batch_tokens=500, **options)
+    args = CocoaReconstructionConfig(folder, stage=stage, per_device_train_batch_num_tokens=500, **options)
     trainer = CocoaReconstructionTrainer(start, args, train_dataset=rows)
 print("ready", flush=True)
 trainer.train(resume_from_checkpoint=True)
@@ -134,6 +134,7 @@ def check_kills(tmp_path: Path, start: Path, stage: str, kills: int, seed: int) 
     assert any(not torch.equal(expected[name], value) for name, value in before.items()), "the run trains"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["bridge", "contrastive"])
 def test_two_kills(tmp_path, start, stage):
     check_kills(tmp_path, start, stage, kills=2, seed=0)

@@ -22,7 +22,7 @@ from trainers import (
     CocoaReconstructionConfig,
     CocoaReconstructionTrainer,
 )
-from trainers.collators import DIRECTIONS
+from trainers.data.collators import DIRECTIONS
 from trainers.measuring import measuring
 
 BASIC = {

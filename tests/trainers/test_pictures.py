@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_cocoa.inputs import load_image
 from modeling_cocoa.losses import normalize_patches
+from modeling_cocoa.media import load_image
 from modeling_cocoa.reconstruction import ReconstructionOutput
 from trainers import CocoaReconstructionConfig, CocoaReconstructionTrainer
-from trainers.collators import ReconstructionCollator
-from trainers.masking import IGNORE_INDEX
-from trainers.pictures import LINE, SIDE, draw_pictures, last_picture, save_reconstructions, write_texts
+from trainers.data.collators import ReconstructionCollator
+from trainers.data.masking import IGNORE_INDEX
+from trainers.pictures import LINE, SIDE, draw_pictures, last_picture, list_texts, save_reconstructions, write_texts
 
 
 def batch_of(processor, emoji, stage, count=4):
@@ -102,13 +102,13 @@ def test_several_pictures_of_several_sizes_keep_their_rows(processor, emoji):
 def test_texts_show_what_was_hidden_and_what_was_rebuilt(processor, emoji):
     batch = batch_of(processor, emoji, "bridge", count=2)
     output = perfect(batch, True)
-    texts = write_texts(batch, output, processor)
+    texts = write_texts(list_texts(batch, output, processor))
     assert texts.count(repr(emoji[0]["text"])) >= 2, "the original, and the same rebuilt"
     wrong = ReconstructionOutput(token_predictions=torch.full_like(output.token_predictions, 70))
-    rebuilt = [line for line in write_texts(batch, wrong, processor).splitlines() if "rebuilt:" in line]
+    rebuilt = [line for line in write_texts(list_texts(batch, wrong, processor)).splitlines() if "rebuilt:" in line]
     assert "".join(rebuilt).count(processor.tokenizer.decode([70])) == len(wrong.token_predictions)
     assert "_" in texts and "target" in texts and "user" not in texts
-    assert write_texts(batch, ReconstructionOutput(), processor) == ""
+    assert list_texts(batch, ReconstructionOutput(), processor) == []
 
 
 def test_the_last_picture_is_the_one_of_the_last_step(tmp_path):

@@ -69,13 +69,14 @@ def test_a_card_tells_all_stages_as_they_ran(trained, emoji):
     assert {"loss", "loss_image"} <= set(bridge.losses) and {"loss", "loss_image"} <= set(bridge.evaluation)
     assert contrastive.settings["temperature"] == 0.05 and contrastive.adapters["r"] == 4
     assert {"few_loss", "more_loss"} <= set(contrastive.evaluation), "of each evaluation set"
+    assert not any("preparation_time" in name for name in contrastive.evaluation)
     assert contrastive.adapters["target_modules"] == ["q_proj", "v_proj"]
     assert 0 < contrastive.trained_parameters < bridge.trained_parameters
     assert bridge.base_model is None, "a folder is no name that others could load"
     card = ModelCard.load(trained / "README.md")
     assert card.data.license == "apache-2.0" and card.data.language == ["en"]
     assert card.text.count("Only birds.") == 1 and "# Birds" in card.text
-    assert "| | EOS bridge | contrastive |" in card.text and "| `temperature` |  | `0.05` |" in card.text
+    assert "|  | EOS bridge | contrastive |" in card.text and "| `temperature` |  | `0.05` |" in card.text
     assert f"noto ({len(emoji)} rows)" in card.text and "No evaluation is recorded" in card.text
     assert (trained / "reconstruction.png").is_file() and "](reconstruction.png)" in card.text
     assert str(trained.parent) not in card.content + (trained / RECORD_FILE).read_text()

@@ -22,7 +22,7 @@ from trainers import (
     CocoaReconstructionConfig,
     CocoaReconstructionTrainer,
 )
-from trainers.from_scratch import build_model
+from trainers.recipes.from_scratch import build_model
 from trainers.run_folder import differences, fingerprint_data, fingerprint_weights, locked
 
 BASIC = {
@@ -128,6 +128,13 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path, model, processor, em
     assert again.train(resume_from_checkpoint=True).global_step == 5, "ended, with the longer run's settings"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_without_a_checkpoint_says_so_and_starts_anew(tmp_path, model, processor, emoji, kind, caplog):
+    trainer = trainer_of(kind, tmp_path, model, processor, emoji)
+    assert trainer.train(resume_from_checkpoint=True).global_step == 3
+    assert caplog.text.count(f"{tmp_path} holds no complete checkpoint to resume from: training starts anew.") == 1
+
+
 @pytest.mark.parametrize("resume", [None, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_used_folder_is_not_trained_into_anew(tmp_path, model, processor, emoji, kind, resume):
@@ -196,6 +203,24 @@ def test_a_run_that_makes_no_step_is_an_error(tmp_path, model, processor, emoji)
         with pytest.raises(ValueError, match="does not make a single step"):
             trainer_of(kind, tmp_path / kind, model, processor, few, num_train_epochs=0, max_steps=-1).train()
         assert not list((tmp_path / kind).glob("checkpoint-*"))
+
+
+def test_a_warm_up_of_all_steps_is_told(tmp_path, model, processor, emoji, caplog):
+    for place, (options, is_told) in enumerate(
+        (
+            ({"max_steps": 1}, True),
+            ({"max_steps": 2, "warmup_steps": 2}, True),
+            ({"max_steps": 2}, False),
+            ({"max_steps": 1, "warmup_steps": 0}, False),
+            ({"max_steps": 1, "lr_scheduler_type": "constant"}, False),
+        )
+    ):
+        for kind in KINDS:
+            caplog.clear()
+            trainer = trainer_of(kind, tmp_path / f"{kind}-{place}", model, processor, emoji, **options)
+            trainer.create_optimizer()
+            trainer.create_scheduler(trainer.args.max_steps)
+            assert ("the first has a rate of 0" in caplog.text) == is_told, (kind, options)
 
 
 def test_interrupted_training_says_where_it_can_go_on(tmp_path, model, processor, emoji, caplog):

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`cocoa eval folder`: how well models search a folder of images by their captions, and captions by images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Image, Value, load_dataset
+
+from modeling_cocoa.folders import list_images
+
+from .digests import digest_content, digest_file
+from .mmeb.data import BenchmarkData, Item, TaskData
+from .mmeb.evaluate import run_models
+from .mmeb.report import task_cell
+from .mmeb.scores import Scores
+from .mmeb.tasks import Task
+from .naming import nearest
+
+CAPTIONS = ("text", "caption")
+"""Columns that captions are read from where none is named."""
+
+FOLDER_TASKS = (
+    Task("Caption-to-image", "retrieval", "text_to_image", in_domain=False),
+    Task("Image-to-caption", "retrieval", "image_to_text", in_domain=False),
+)
+
+
+def run_folder(
+    models: Sequence[str],
+    baselines: Sequence[str],
+    folder: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    caption: str | None = None,
+    queries: int = 1000,
+    **options: Any,
+) -> list[Scores]:
+    """
+    Score models on a folder of images with captions, and write what [`~mmeb.evaluate.run_mmeb`] writes.
+
+    Args:
+        models (`Sequence[str]`): Folders or Hub names of CoCoA checkpoints.
+        baselines (`Sequence[str]`): Of any other models of sentence-transformers.
+        folder (`str` or `os.PathLike`): Images, and a `metadata.csv` (or `.jsonl`) with the columns `file_name` and
+            `text`.
+        output_dir (`str` or `os.PathLike`): For the results.
+        caption (`str`, *optional*): The column of captions; by default `text` or `caption`.
+        queries (`int`, defaults to 1000): Queries of each direction, drawn; candidates are always all.
+        options: Further ones of [`~mmeb.evaluate.run_models`].
+
+    Raises:
+        ValueError: the folder has no images, or no captions.
+    """
+    rows = read_images(folder, caption, needs_captions=True)
+    captions = {image["path"]: text for image, text in zip(rows["image"], rows["text"], strict=True) if text}
+    if not captions:
+        raise ValueError(f"All captions in {folder} are empty.")
+    revision = digest_content(sorted((digest_file(path), text) for path, text in captions.items()))
+    data = FolderData(dict.fromkeys(FOLDER_TASKS, rows), str(folder), revision, Path(folder).resolve(), captions)
+    return run_models(
+        models,
+        baselines,
+        data,
+        output_dir,
+        folder_report,
+        benchmark=f"Images and captions of {Path(folder).resolve().name}",
+        of_tasks=len(FOLDER_TASKS),
+        limit=queries if queries < len(captions) else None,
+        on_bad_row="skip",
+        **options,
+    )
+
+
+def read_images(folder: str | os.PathLike, caption: str | None = None, *, needs_captions: bool = False) -> Dataset:
+    """
+    The images of a folder, by the `imagefolder` builder of `datasets`.
+
+    Args:
+        folder (`str` or `os.PathLike`): With or without a `metadata.csv` (or `.jsonl`) of `file_name` and captions.
+        caption (`str`, *optional*): The column of captions; by default one of [`CAPTIONS`].
+        needs_captions (`bool`, defaults to `False`): Whether a folder without captions is an error.
+
+    Returns:
+        [`~datasets.Dataset`] with `image`, not decoded, and `text`, None where there is no caption.
+
+    Raises:
+        ValueError: there are no images, or there is no such column; names the nearest.
+    """
+    try:
+        rows = load_dataset("imagefolder", data_dir=str(folder), split="all", drop_labels=True)
+    except (FileNotFoundError, ValueError) as error:
+        if not list_images(folder)[0]:
+            raise ValueError(f"{folder} contains no images (.jpg, .png, ...).") from error
+        raise ValueError(f"{folder} cannot be read as a folder of images: {error}") from error
+    columns = [name for name in rows.column_names if name != "image"]
+    found = caption or next((name for name in CAPTIONS if name in columns), None)
+    if caption is not None and caption not in columns:
+        raise ValueError(f"{folder} has no column {caption!r}{nearest(caption, columns)}; it has {columns}.")
+    if found is None and needs_captions:
+        raise ValueError(
+            f"{folder} has no captions: add a metadata.csv with the columns file_name and text, or name their column "
+            f"with --caption; it has {columns}."
+        )
+    rows = rows.cast_column("image", Image(decode=False))
+    texts: list[str | None] = [None] * len(rows)
+    if found is not None:
+        texts = [(text or "").strip() or None for text in rows.cast_column(found, Value("string"))[found]]
+    return rows.select_columns(["image"]).add_column("text", texts)
+
+
+@dataclass(frozen=True)
+class FolderData(BenchmarkData):
+    """
+    The two tasks of a folder.
+
+    Args:
+        captions (`dict[str, str]`): By the path of the image.
+    """
+
+    captions: dict[str, str]
+
+    def read(self, task: Task, *, limit: int | None = None, on_bad_row: str = "skip") -> TaskData:
+        """
+        The queries and candidates of a direction. A caption that several images share finds each of them among those
+        that do not have it.
+        """
+        data = FolderTask(task, has_instructions=False, on_bad_row=on_bad_row)
+        paths = list(self.captions)
+        asked = range(len(paths))
+        if limit is not None:
+            asked = sorted(np.random.default_rng(0).permutation(len(paths))[:limit].tolist())
+        names = {path: os.path.relpath(path, self.image_dir) for path in paths}
+        finds_images = task.form == "text_to_image"
+        for path, caption in self.captions.items():
+            places = ((path, None),) if finds_images else ((None, caption),)
+            data.candidates.setdefault(names[path] if finds_images else caption, Item(places, "document"))
+        for row in asked:
+            path, caption = paths[row], self.captions[paths[row]]
+            data.queries[row] = Item(((None, caption),) if finds_images else ((path, None),), "query")
+            if finds_images:
+                wrong = [names[other] for other in paths if self.captions[other] != caption]
+                data.lists[row] = [names[path], *wrong]
+            else:
+                data.lists[row] = [caption, *(other for other in data.candidates if other != caption)]
+        return data
+
+
+class FolderTask(TaskData):
+    """A task whose queries share their candidates, so that one that cannot be read leaves the others."""
+
+    def leave_out_items(self, reasons: Mapping[Item, str]) -> None:
+        """Leave out the rows whose query or right candidate cannot be read, and such candidates of the others."""
+        bad = {name: reasons[item] for name, item in self.candidates.items() if item in reasons}
+        for row, query in list(self.queries.items()):
+            reason = reasons.get(query) or bad.get(self.lists[row][0])
+            if reason is not None:
+                self.leave_out(row, reason)
+            elif bad:
+                self.lists[row] = [name for name in self.lists[row] if name not in bad]
+        self.check_is_left()
+
+
+def folder_report(scores: Sequence[Scores]) -> str:
+    """A table of recall by direction and model, beside chance."""
+    lines = [f"# {scores[0].benchmark}", "", "Recall (R) and MRR in percent; brackets hold the 95 % interval of R@1."]
+    for task in FOLDER_TASKS:
+        found = [(of_model.model, score) for of_model in scores for score in of_model.tasks if score.task == task.name]
+        first = found[0][1]
+        title = task.name.replace("-", " ")
+        lines += ["", f"## {title}: {first.queries:,} queries, {first.candidates:,} candidates", ""]
+        lines += ["| model | R@1 | R@5 | R@10 | MRR@10 |", "|---|" + "---:|" * 4]
+        for model, score in found:
+            low, high = score.interval
+            values = (score.recall_at_5, score.recall_at_10, score.mrr_at_10)
+            cells = [f"{task_cell(score)} ({low:.0f}–{high:.0f})", *(f"{value:.1f}" for value in values)]
+            lines.append(f"| {model} | {' | '.join(cells)} |")
+        chance = [f"{100 * min(1.0, k / first.candidates):.1f}" for k in (1, 5, 10)]
+        lines.append(f"| chance | {' | '.join(chance)} | |")
+    few = min(score.queries for of_model in scores for score in of_model.tasks)
+    if few < 50:
+        lines += ["", f"**{few} queries are few**: mind the intervals before you compare models."]
+    lines += [
+        "",
+        "Intervals cover the choice of queries alone. `pages/` in each model's folder shows hits and misses.",
+    ]
+    return "\n".join(lines) + "\n"

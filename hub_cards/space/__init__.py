@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""The app that shows what a model finds and rebuilds, here and as a Space on the Hub."""
