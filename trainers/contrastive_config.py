@@ -81,6 +81,13 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
         default=DISTILLATION_WEIGHT,
         metadata={"help": "What the distillation loss is multiplied by before it is added to the contrastive one."},
     )
+    distillation_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Temperature of both similarities in the distillation loss; `temperature` by default. Above it, "
+            "the model also learns how the teacher ranks what is not close."
+        },
+    )
 
     mini_batch_size: int | None = field(
         default=MINI_BATCH_SIZE,
@@ -163,6 +170,8 @@ class CocoaContrastiveConfig(SharedOptions, SentenceTransformerTrainingArguments
             )
         if not 0 < self.distillation_weight < math.inf:
             raise ValueError(f"distillation_weight must be above 0; got {self.distillation_weight}.")
+        if self.distillation_temperature is not None and not self.distillation_temperature > 0:
+            raise ValueError(f"distillation_temperature must be above 0; got {self.distillation_temperature}.")
         for name in ("mini_batch_size", "mini_batch_num_tokens", "early_stopping_patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}.")
@@ -217,12 +226,14 @@ def check_teacher(args: CocoaContrastiveConfig, teacher: Any = None) -> None:
 
     Raises:
         FileNotFoundError: there is no such model.
-        ValueError: there are two teachers, or a weight without one.
+        ValueError: there are two teachers, or options of distillation without one.
     """
     if teacher is not None and args.teacher is not None:
         raise ValueError(f"One teacher was given, and args.teacher is {args.teacher!r}; leave one of them out.")
-    if teacher is None and args.teacher is None and args.distillation_weight != DISTILLATION_WEIGHT:
-        raise ValueError(f"distillation_weight is {args.distillation_weight}, and there is no teacher; give one.")
+    if teacher is None and args.teacher is None:
+        for name, default in (("distillation_weight", DISTILLATION_WEIGHT), ("distillation_temperature", None)):
+            if getattr(args, name) != default:
+                raise ValueError(f"{name} is {getattr(args, name)}, and there is no teacher; give one.")
     files = ("modules.json", "config.json")
     if args.teacher is not None and not any(find_checkpoint_file(args.teacher, file) for file in files):
         raise FileNotFoundError(

@@ -47,6 +47,7 @@ OPTIONS = (
     "false_negative_margin",
     "teacher",
     "distillation_weight",
+    "distillation_temperature",
 )
 """Settings of the loss."""
 
@@ -112,9 +113,9 @@ class Distillation:
 
     For the query of each row, `KL(softmax(teacher / t) || softmax(student / t))` over the positives and negatives of
     the batch, that is InfoNCE with the teacher's probabilities as soft labels, less their entropy. It is the
-    contrastive relational distillation of CLIP-KD (arXiv 2307.12732), from queries to documents. Both have the
-    temperature of the contrastive loss, and not its learned one, which would move the goal.
-    `DistillKLDivLoss` takes a row's own candidates alone, and multiplies by `t ** 2`, here 4e-4.
+    contrastive relational distillation of CLIP-KD (arXiv 2307.12732), from queries to documents. Both have the same
+    temperature, which is never the learned one of the contrastive loss: that would move the goal.
+    `DistillKLDivLoss` takes a row's own candidates alone, and multiplies by `t ** 2`.
 
     Queries and documents without a vector of the teacher are left out; the sum of the rows is divided by all rows, so
     that any number of processes gives the gradients of one.
@@ -122,12 +123,14 @@ class Distillation:
     Args:
         vectors (`Tensor` of shape `(inputs, teacher's hidden)`): Unit vectors, which labels of shape `(batch, columns,
             1)` number; -1 is no vector.
-        args ([`CocoaContrastiveConfig`]): Of its `distillation_weight`, `temperature` and `gather_across_devices`.
+        args ([`CocoaContrastiveConfig`]): Of its `distillation_weight`, `distillation_temperature` (`temperature`
+            where it is not set) and `gather_across_devices`.
     """
 
     def __init__(self, vectors: Tensor, args: CocoaContrastiveConfig) -> None:
         self.vectors = vectors
         self.args = args
+        self.temperature = args.distillation_temperature or args.temperature
         self._labels: Tensor = torch.empty(0)
         self._terms: list[Tensor] = []
 
@@ -161,9 +164,7 @@ class Distillation:
         teacher = [self.vectors[part.cpu()].to(queries) for part in (asked[asked_known], candidates[known])]
         with torch.autocast(queries.device.type, enabled=False):  # in bfloat16 cosines have three digits
             student = [nn.functional.normalize(part) for part in (queries[asked_known], torch.cat(documents)[known])]
-            found, wanted = (
-                (ask @ answer.T / self.args.temperature).log_softmax(1) for ask, answer in (student, teacher)
-            )
+            found, wanted = ((ask @ answer.T / self.temperature).log_softmax(1) for ask, answer in (student, teacher))
         return nn.functional.kl_div(found, wanted, reduction="sum", log_target=True) / len(queries)
 
     def _with_term(self, calculate: Callable[..., Tensor], columns: list[Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -41,6 +41,7 @@ from .data.contrastive_rows import (
     ContrastiveCollator,
     check_equal_columns,
     check_equal_rows,
+    input_columns,
     named_parts,
     prepare_contrastive_data,
     prompts_of,
@@ -237,7 +238,7 @@ class CocoaContrastiveTrainer(CocoaTrainerMixin, SentenceTransformerTrainer):
         options["generator"] = torch.Generator()  # its own, whatever else is drawn between two of its batches
         drop_last = drop_last and not self._evaluates
         # A pair that is alone in a step, and has no negatives, has nothing to be told apart from.
-        alone = not self._evaluates and set(dataset.column_names) <= {"query", "positive"}
+        alone = not self._evaluates and set(input_columns(dataset)) <= {"query", "positive"}
         gathered = self.args.gather_across_devices and self.args.world_size > 1
         sampler = super().get_batch_sampler(rows, batch_size * self.args.world_size, drop_last, *args, **options)
         return GlobalBatchSampler(sampler, len(dataset), self.args.world_size, 2 if alone and not gathered else 1)

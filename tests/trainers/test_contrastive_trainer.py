@@ -439,6 +439,7 @@ def test_rows_that_workers_leave_out_are_counted(tmp_path, model, processor):
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"temperature": 0.005, "learnable_temperature": True}, "never below 0.01, where it would begin; got 0.005"),
         ({"distillation_weight": 0.0}, "distillation_weight must be above 0; got 0.0"),
+        ({"distillation_temperature": 0.0}, "distillation_temperature must be above 0; got 0.0"),
         ({"mini_batch_size": 0}, "mini_batch_size must be 1 or more"),
         ({"mini_batch_size": 2, "mini_batch_num_tokens": 9}, "not both"),
         ({"num_hard_negatives": -1}, "num_hard_negatives must be 0 or more"),

@@ -92,16 +92,19 @@ def rows(emoji):
 
 
 def vectors_of(teacher, rows):
-    """The teacher's vectors by column, each read by itself; None of what has none."""
+    """The teacher's vectors by column, each read by itself, `teacher` for both sides; None of what has none."""
     reads_images = teacher.supports("image")
 
     def form(value):
-        if not reads_images:
+        if not reads_images or not any(value.values()):
             return None if value["image"] is not None else value["text"]
         content = [{"type": kind, kind: value[kind]} for kind in ("image", "text") if value[kind] is not None]
         return [{"role": "user", "content": content}]
 
     columns = {name: [form(row[name]) for row in rows] for name in rows.column_names}
+    if (instead := columns.pop("teacher", None)) is not None:
+        for name in ("query", "positive"):
+            columns[name] = [first or own for first, own in zip(instead, columns[name], strict=True)]
     asked = {
         "query": [own or other for own, other in zip(columns["query"], columns["positive"], strict=True)],
         "positive": [own or other for own, other in zip(columns["positive"], columns["query"], strict=True)],
@@ -154,6 +157,7 @@ def gradients_of(loss):
         {"mini_batch_size": None, "matryoshka_dims": [64, 16], "matryoshka_weights": [1.0, 0.5]},
         {"mini_batch_size": 3, "matryoshka_dims": [64, 16], "matryoshka_weights": [1.0, 0.5]},
         {"mini_batch_size": 3, "learnable_temperature": True},
+        {"mini_batch_size": None, "distillation_temperature": 0.3},
         {"mini_batch_size": 3, "false_negative_margin": 0.1},
         {"mini_batch_size": 3, "num_hard_negatives": 1},
         {"mini_batch_size": None, "num_hard_negatives": 0},
@@ -165,10 +169,14 @@ def test_loss_and_gradients_are_those_of_a_plain_reference(
 ):
     """What is added to the loss without a teacher; in float64, so that a difference is an error."""
     teacher = text_teacher if kind == "text" else image_teacher
+    if options == {"mini_batch_size": None}:
+        translations = [{"text": text, "image": None} for text in (*"abcde", None, *"fg")]
+        rows = rows.add_column("teacher", translations, feature=rows.features["query"])
+    plain_options = {name: value for name, value in options.items() if name != "distillation_temperature"}
     trainers = [
         CocoaContrastiveTrainer(
             copy.deepcopy(model).double(),
-            arguments(tmp_path, distillation_weight=0.7 if given else 0.5, **options),
+            arguments(tmp_path, **(options | {"distillation_weight": 0.7} if given else plain_options)),
             train_dataset=rows,
             processing_class=processor,
             teacher=given,
@@ -186,9 +194,11 @@ def test_loss_and_gradients_are_those_of_a_plain_reference(
     expected.backward()
     columns = [plain.model(dict(part))["sentence_embedding"] for part in features]
     wanted = vectors_of(teacher, rows.select_columns(distilled.train_dataset.column_names))
+    assert len(columns) == len(wanted), "the model does not read what the teacher does"
     assert any(vector is None for vector in wanted[1]) == (kind == "text")
+    temperature = options.get("distillation_temperature", 0.1)
     weights = zip(options.get("matryoshka_dims", [64]), options.get("matryoshka_weights", [1.0]), strict=True)
-    terms = [(weight, divergence([part[:, :dim] for part in columns], wanted, 0.1)) for dim, weight in weights]
+    terms = [(weight, divergence([part[:, :dim] for part in columns], wanted, temperature)) for dim, weight in weights]
     added = 0.7 * sum(weight * term for weight, term in terms)
     added.backward()
     assert added > 0.01, "else this test says nothing"
@@ -260,7 +270,8 @@ def test_a_run_follows_its_teacher_and_names_it(tmp_path, emoji, processor, opti
         other.train(resume_from_checkpoint=True)
 
 
-def test_a_recipe_has_a_teacher_by_folder(tmp_path, emoji):
+@pytest.mark.parametrize("reads", [{}, {"teacher": "text"}], ids=["both sides", "the text for both"])
+def test_a_recipe_has_a_teacher_by_folder(tmp_path, emoji, reads):
     emoji.select(range(16)).select_columns(["text", "image"]).to_parquet(str(tmp_path / "rows.parquet"))
     options = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True}
     values = {
@@ -268,7 +279,7 @@ def test_a_recipe_has_a_teacher_by_folder(tmp_path, emoji):
         "model": {"model_name_or_path": TINY},
         "data": {
             "sources": {"rows": {"path": "parquet", "data_files": str(tmp_path / "rows.parquet")}},
-            "contrastive": {"rows": {"query": "text", "positive": "image"}},
+            "contrastive": {"rows": {"query": "text", "positive": "image", **reads}},
         },
         "stages": {"contrastive": {**options, "teacher": TINY, "distillation_weight": 0.3}},
     }
@@ -276,7 +287,8 @@ def test_a_recipe_has_a_teacher_by_folder(tmp_path, emoji):
     folder = Path(run_recipe(Recipe.load(tmp_path / "recipe.yaml"), find_file))
     record = json.loads((folder / "training.json").read_text())["stages"][-1]
     assert record["settings"]["teacher"].endswith("checkpoints/cocoa-tiny")
-    assert record["losses"]["loss_distillation"] < 1e-3, "it begins as its teacher"
+    begins_as_its_teacher = record["losses"]["loss_distillation"] < 1e-3
+    assert begins_as_its_teacher != bool(reads), "which reads the image, or the text in its place"
 
 
 def test_pairs_that_the_teacher_reads_no_side_of_are_counted_or_refused(
@@ -294,6 +306,7 @@ def test_pairs_that_the_teacher_reads_no_side_of_are_counted_or_refused(
     ("options", "has_teacher", "loss", "message"),
     [
         ({"distillation_weight": 0.7}, False, None, "there is no teacher; give one"),
+        ({"distillation_temperature": 0.7}, False, None, "there is no teacher; give one"),
         ({"teacher": "./nofolder"}, False, None, "teacher: ./nofolder is neither the folder of a model"),
         ({"teacher": TINY}, True, None, "args.teacher is .*; leave one of them out"),
         ({}, True, MultipleNegativesRankingLoss, "A teacher adds to the trainer's own loss"),

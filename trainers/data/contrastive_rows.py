@@ -19,7 +19,7 @@ from modeling_cocoa.inputs import CocoaInputError
 
 from ..contrastive_config import CocoaContrastiveConfig
 from .datasets import check_rows
-from .rows import open_images, undecoded
+from .rows import TEACHER_COLUMN, open_images, undecoded
 from .teacher import TeacherVectors
 
 logger = logging.get_logger(__name__)
@@ -69,6 +69,7 @@ class ContrastiveCollator(SentenceTransformerDataCollator):
             {
                 name: cell if name == "dataset_name" else open_images(cell, self.image_size)
                 for name, cell in row.items()
+                if name != TEACHER_COLUMN
             }
             for row in features
         ]
@@ -157,23 +158,29 @@ def read_columns(dataset: Any, name: str, num_negatives: int | None, at_most: bo
         )
     if not len(dataset):
         raise ValueError(f"{name} has no rows.")
-    if unused := [column for column in dataset.column_names if column not in roles]:
+    if unused := [column for column in input_columns(dataset) if column not in roles]:
         logger.warning(f"{name}: columns {unused} are not used; used are {list(roles)}.")
     found = len(roles) - 2
     if num_negatives is not None and found < num_negatives and not at_most:
         raise ValueError(f"{name} has {found} negatives a row; num_hard_negatives is {num_negatives}.")
     used = list(roles)[: None if num_negatives is None else 2 + num_negatives]
     renamed = {column: roles[column] for column in used if column != roles[column]}
-    return dataset.select_columns(used).rename_columns(renamed)
+    kept = [TEACHER_COLUMN] if TEACHER_COLUMN in dataset.column_names else []
+    return dataset.select_columns(used + kept).rename_columns(renamed)
 
 
 def column_roles(columns: Sequence[str]) -> dict[str, str]:
     """What columns are read as, by their names and in their order: `query`, `positive`, `negative_1`, ..."""
-    used = [column for column in columns if column not in DEFAULT_LABEL_COLUMNS]
+    used = [column for column in columns if column not in (*DEFAULT_LABEL_COLUMNS, TEACHER_COLUMN)]
     if {"query", "positive"} <= set(used):
         used = [column for column in used if re.fullmatch(r"query|positive|negative(_\d+)?", column)]
     names = ["query", "positive", *(f"negative_{number + 1}" for number in range(len(used) - 2))]
     return dict(zip(used, names, strict=False))
+
+
+def input_columns(dataset: Dataset) -> list[str]:
+    """The columns of a dataset that the model reads: all but what the teacher alone does."""
+    return [column for column in dataset.column_names if column != TEACHER_COLUMN]
 
 
 def check_contrastive_data(train: Any, evaluation: Any, args: CocoaContrastiveConfig) -> None:
@@ -190,7 +197,7 @@ def check_contrastive_data(train: Any, evaluation: Any, args: CocoaContrastiveCo
         raise ValueError("evaluate_retrieval needs an eval_dataset.")
     pairs = args.per_device_train_batch_size * (args.world_size if args.gather_across_devices else 1)
     for name, part in named_parts(train).items():
-        if len(part.column_names) == 2 and (pairs == 1 or len(part) == 1):
+        if len(input_columns(part)) == 2 and (pairs == 1 or len(part) == 1):
             what = "per_device_train_batch_size is 1" if pairs == 1 else f"The dataset {name!r} has 1 row"
             raise ValueError(
                 f"{what}, and the pairs have no negatives: a pair alone has a loss and a gradient of 0. Give a larger "
@@ -223,7 +230,7 @@ def check_equal_columns(dataset: Any, args: CocoaContrastiveConfig, why: str) ->
     """Raise `ValueError` where processes that wait for one another in `why` would differ in columns."""
     if args.world_size == 1 or args.task_homogeneous or not isinstance(dataset, dict):
         return
-    if len({len(part.column_names) for part in dataset.values()}) > 1:
+    if len({len(input_columns(part)) for part in dataset.values()}) > 1:
         raise ValueError(
             f"With {why} and task_homogeneous=False all datasets need the same number of negatives; set "
             "num_hard_negatives."
@@ -275,7 +282,7 @@ def column_prompts(args: CocoaContrastiveConfig, dataset: Any) -> Any:
     prompts: dict[str, dict[str, str]] = {}
     for name, part in named_parts(dataset).items():
         query, target = (prompt.get(name) if isinstance(prompt, dict) else prompt for prompt in given)
-        by_column = {column: query if column == "query" else target for column in part.column_names}
+        by_column = {column: query if column == "query" else target for column in input_columns(part)}
         prompts[name] = {column: prompt for column, prompt in by_column.items() if prompt is not None}
     if by_dataset:
         return prompts

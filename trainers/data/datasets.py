@@ -17,10 +17,12 @@ from transformers.utils import logging
 
 from modeling_cocoa.inputs import CocoaInputError, input_parts
 
-from .rows import PAIR_COLUMNS, ROW_COLUMNS, choose_columns, has_image, undecoded
+from .rows import PAIR_COLUMNS, ROW_COLUMNS, TEACHER_COLUMN, choose_columns, has_image, undecoded
 
 logger = logging.get_logger(__name__)
 
+CONTRASTIVE = rf"negative_\d+|{TEACHER_COLUMN}"
+"""Columns of pairs that contrastive training alone reads."""
 ROWS_AT_ONCE = 1024
 """Rows of a table that are read at a time."""
 
@@ -37,9 +39,9 @@ def check_weights(parts: Mapping[str, Any], weights: Mapping[str, float] | None)
 
 
 def warn_unused_columns(columns: SequenceOf[str], chosen: SequenceOf[str], what: str) -> None:
-    """Name columns that rows are not read from; negatives of pairs, which contrastive training reads, apart."""
+    """Name columns that rows are not read from; those of pairs that contrastive training reads apart."""
     is_pair = list(chosen) == list(PAIR_COLUMNS)
-    unused = [name for name in columns if name not in chosen and not (is_pair and re.fullmatch(r"negative_\d+", name))]
+    unused = [name for name in columns if name not in chosen and not (is_pair and re.fullmatch(CONTRASTIVE, name))]
     if unused:
         logger.warning(f"{what}: columns {unused} are not used; known are {[*PAIR_COLUMNS, *ROW_COLUMNS]}.")
 

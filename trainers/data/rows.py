@@ -14,6 +14,8 @@ from modeling_cocoa.inputs import CocoaInputError, input_messages, input_parts
 from modeling_cocoa.media import ResizedImage
 
 PAIR_COLUMNS = ("query", "positive")
+TEACHER_COLUMN = "teacher"
+"""A column that the teacher of contrastive training alone reads, in place of both sides of the pair."""
 ROW_COLUMNS = ("image", "images", "text", "texts", "messages")
 """Columns of a row of one side."""
 

@@ -21,7 +21,7 @@ from modeling_cocoa.inputs import CocoaInputError, input_messages, input_parts
 from modeling_cocoa.media import load_image
 
 from .content import digest
-from .rows import fetch_image, join_texts
+from .rows import TEACHER_COLUMN, fetch_image, join_texts
 
 logger = logging.get_logger(__name__)
 
@@ -39,13 +39,14 @@ class TeacherVectors:
     A teacher's unit vectors of the cells of datasets, kept in a folder under the teacher's [`fingerprint`].
 
     A cell is embedded as what its column is, a query or a document (`encode_query`, `encode_document`), with the
-    teacher's own prompts. Where the teacher cannot read one side of a pair (an image, for a teacher of texts), the
-    other side stands in for it; a negative has no stand-in. Videos are never read.
+    teacher's own prompts. Where a row has a cell `teacher`, this is read in place of both sides of the pair: a
+    translation, of what the teacher has no words for. Where the teacher cannot read one side (an image, for a teacher
+    of texts), the other side stands in for it; a negative has no stand-in. Videos are never read.
 
     Args:
         teacher ([`~sentence_transformers.SentenceTransformer`]).
         datasets (`Mapping[str, Dataset]`): By what they are called, with the columns `query`, `positive`,
-            `negative_1`, ... The processes that train together share the work.
+            `negative_1`, ..., `teacher`. The processes that train together share the work.
         folder (`Path`): Of the vectors; need not exist.
         show_progress_bar (`bool`, defaults to `True`).
 
@@ -115,11 +116,13 @@ class TeacherVectors:
 
     def _sources(self, row: Mapping[str, Any]) -> Iterator[tuple[str, str] | None]:
         """For each column the side that it is read as, and the column that is read; none where neither can be."""
-        read = {name: self._taken.get(kinds_of(row[name]), False) for name in row if name != "dataset_name"}
-        for name, is_read in read.items():
-            source = name if is_read else STANDS_IN.get(name)
-            side = "query" if name == "query" else "document"
-            yield (side, source) if source is not None and read[source] else None
+        readable = {name for name in row if name != "dataset_name" and self._taken.get(kinds_of(row[name]), False)}
+        for name in row:
+            if name in ("dataset_name", TEACHER_COLUMN):
+                continue
+            candidates = [TEACHER_COLUMN, name, STANDS_IN[name]] if name in STANDS_IN else [name]
+            source = next((candidate for candidate in candidates if candidate in readable), None)
+            yield None if source is None else ("query" if name == "query" else "document", source)
 
 
 class Encode:

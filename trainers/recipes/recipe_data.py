@@ -19,13 +19,13 @@ from evaluation.naming import nearest
 
 from ..data.augment import augment_images
 from ..data.mmeb import mmeb_pairs
-from ..data.rows import PAIR_COLUMNS, ROW_COLUMNS
+from ..data.rows import PAIR_COLUMNS, ROW_COLUMNS, TEACHER_COLUMN
 from .options import check_mapping, check_names
 
 FindFile = Callable[[str], str | os.PathLike]
 ENTRY_OPTIONS = ("source", "variants", "augment")
 """Keys of an entry that are not columns."""
-PAIR_COLUMN = r"query|positive|negative_\d+"
+PAIR_COLUMN = rf"query|positive|negative_\d+|{TEACHER_COLUMN}"
 """Columns of a source of pairs that an entry takes where it names none."""
 
 
@@ -118,7 +118,8 @@ def entry_columns(section: str, name: str, entry: Any) -> dict[str, str]:
         raise ValueError(f"data: variants must be a whole number of 1 or more; {name} has {variants!r}.")
     if entry.get("augment") and variants == 1:
         raise ValueError(f"data: augment leaves the first variant as it is; give {name} 2 variants or more.")
-    known = [*PAIR_COLUMNS, "negative_1", *(ROW_COLUMNS if section == "reconstruction" else ()), *ENTRY_OPTIONS]
+    columns_of_rows = ROW_COLUMNS if section == "reconstruction" else ()
+    known = [*PAIR_COLUMNS, "negative_1", TEACHER_COLUMN, *columns_of_rows, *ENTRY_OPTIONS]
     check_names(what, "column", [column for column in entry if not re.fullmatch(PAIR_COLUMN, column)], known)
     columns = {column: value for column, value in entry.items() if column not in ENTRY_OPTIONS}
     for column, value in columns.items():
