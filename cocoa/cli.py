@@ -312,6 +312,12 @@ def demo(
     ] = None,
     query: Annotated[list[str] | None, typer.Option(help=f"Text to search with; {AGAIN}")] = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for the gallery page, numbers and vectors.")] = Path("demo"),
+    write_images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Only write 318 emoji and a metadata.csv of their names into this new folder.", file_okay=False
+        ),
+    ] = None,
 ) -> None:
     """
     Search the emoji set: scores beside chance and untrained baselines, a few queries, and a gallery page. Vectors are
@@ -320,10 +326,18 @@ def demo(
     Queries are bare names of emoji, as the bundled model was trained on. `cocoa eval emoji` asks the same of it with
     instructions in the style of MMEB, which that model has never seen, and gets far lower scores.
 
-    Example: `cocoa demo --query "a cat with heart eyes"`
+    With --write-images it searches nothing, and writes a folder of images with captions to try other commands on.
+
+    Example: `cocoa demo --query "a cat with heart eyes"`, or `cocoa demo --write-images my_pictures`
 
     Next: `cocoa app --images my_pictures` searches your own images in a browser.
     """
+    if write_images is not None:
+        begin(f"Writing emoji into {write_images}", write_images)
+        from evaluation.emoji import write_images as write
+
+        typer.echo(f"{write(write_images)} images and metadata.csv are in {write_images}")
+        return
     begin("Searching emoji", output_dir)
     from .demo.demo import QUERIES, run_demo
 

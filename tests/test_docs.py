@@ -117,8 +117,10 @@ def test_shell_commands_are_taken(reader):
         shutil.copytree(ROOT / "checkpoints" / "cocoa-tiny", reader / folder)
     (reader / "my_images.yaml").touch()
     (reader / "vectors").mkdir()
-    (reader / "mmeb" / "...").mkdir(parents=True)
-    (reader / "mmeb" / "..." / "scores.json").touch()
+    (reader / "vectors" / "manifest.json").touch()
+    scores = reader / "results" / "runs-my_images-contrastive-final-*" / "scores.json"  # no shell is there to find it
+    scores.parent.mkdir(parents=True)
+    scores.touch()
     commands = [command for page in PAGES for command in shell_commands(page)]
     ours = [words[1:] for words in commands if words[0] == "cocoa"]
     codes, _, printed = call([words for words in ours if words], cwd=reader)

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from cocoa import cli, quiet
 from evaluation.assets import asset_path
+from evaluation.folder import read_images
+from modeling_cocoa.media import load_image
 
 ROOT = asset_path("checkpoints").parent
 
@@ -236,6 +238,17 @@ def test_demo_hands_its_options_over(invoke, monkeypatch, tmp_path):
     monkeypatch.setattr("cocoa.demo.demo.run_demo", lambda *args, **kwargs: calls.append((args, kwargs)))
     assert invoke("demo", "--query", "a", "--query", "b", "--output-dir", str(tmp_path)).exit_code == 0
     assert calls == [((None, tmp_path), {"queries": ["a", "b"]})]
+
+
+def test_demo_writes_images_with_captions_into_a_new_folder(invoke, tmp_path):
+    folder = tmp_path / "my_pictures"
+    result = invoke("demo", "--write-images", str(folder))
+    assert result.exit_code == 0 and "318 images and metadata.csv" in result.output
+    rows = read_images(folder)
+    assert len(rows) == len(list(folder.glob("*.png"))) == 318 and all(rows["text"])
+    load_image(rows["image"][-1]["path"])
+    result = invoke("demo", "--write-images", str(folder))
+    assert result.exit_code == 1 and "name a new folder" in result.output
 
 
 def test_a_missing_checkpoint_is_one_clear_line(invoke, tmp_path):
