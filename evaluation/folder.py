@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Image, Value, load_dataset
 
-from modeling_cocoa.folders import list_images
+from modeling_cocoa.folders import CAPTIONS, list_images
 
 from .digests import digest_content
 from .folder_report import FOLDER_TASKS, folder_report
@@ -21,9 +21,6 @@ from .mmeb.evaluate import digest_images, run_models
 from .mmeb.scores import Scores
 from .mmeb.tasks import Task
 from .naming import nearest
-
-CAPTIONS = ("text", "caption")
-"""Columns that captions are read from where none is named."""
 
 
 def run_folder(
@@ -83,7 +80,7 @@ def read_images(folder: str | os.PathLike, caption: str | None = None, *, needs_
 
     Args:
         folder (`str` or `os.PathLike`): With or without a `metadata.csv` (or `.jsonl`) of `file_name` and captions.
-        caption (`str`, *optional*): The column of captions; by default one of [`CAPTIONS`].
+        caption (`str`, *optional*): The column of captions; by default `text` or `caption`.
         needs_captions (`bool`, defaults to `False`): Whether a folder without captions is an error.
 
     Returns:
