@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +15,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
-def nearest_path(name: str, *, folders_only: bool = False) -> str:
+def nearest_path(name: str | os.PathLike, *, folders_only: bool = False) -> str:
     """The same with the closest file or folder that exists beside a path that does not."""
     parent = Path(name).parent
     found = parent.iterdir() if parent.is_dir() else ()

@@ -23,14 +23,14 @@ from cocoa.embed import ray_guard
 from cocoa.embed.local import available_cores
 from cocoa.embed.output import Output
 from cocoa.embed.run import embed_dataset
+from cocoa.quiet import LINES
 from tests.cocoa.embed.conftest import ROOT, TINY
 
 ENVIRONMENT = {
-    **os.environ,
+    **{name: value for name, value in os.environ.items() if name != "TORCH_LOGS"},
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
-    "TORCH_LOGS": "-torch.utils._pytree",
 }
 
 
@@ -66,6 +66,7 @@ def start(source: Path, output: Path, *options: object) -> subprocess.Popen:
 def finish(process: subprocess.Popen) -> str:
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed[-4000:]
+    assert not [text for text in LINES.values() if text in printed], printed
     return printed
 
 
