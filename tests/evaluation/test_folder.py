@@ -94,6 +94,10 @@ def test_a_card_shows_the_recall_on_a_folder_as_that(pictures, tmp_path):
     folder, _ = pictures
     evaluate(folder, "--model", TINY, "--output-dir", tmp_path)
     (file,) = tmp_path.glob("*/scores.json")
+    scores = Scores.read(file)
+    for score in scores.tasks:
+        score.skipped_rows = 0  # partial scores are left out of the metadata anyway
+    scores.write(file)
     model = tmp_path / "model"
     shutil.copytree(TINY, model, ignore=shutil.ignore_patterns("evaluation", "README.md"))
     stale = model / "evaluation" / f"images-and-captions-of-{folder.name}.png"
