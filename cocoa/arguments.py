@@ -57,12 +57,30 @@ def find_folder(name: str) -> Path:
 
 def no_folder(name: str) -> FileNotFoundError:
     """The error of a checkpoint folder that does not exist, with the nearest that does."""
-    from evaluation.naming import nearest
+    from evaluation.naming import nearest_path
 
-    parent = Path(name).parent
-    folders = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-    found = nearest(Path(name).name, folders)
+    found = nearest_path(name, folders_only=True)
     return FileNotFoundError(f"There is no checkpoint folder {name}{found or '; check the path'}.")
+
+
+def find_images(name: str) -> Path:
+    """A folder of images, or of anything else; raises `FileNotFoundError` with the nearest where there is none."""
+    from evaluation.naming import nearest_path
+
+    if not Path(name).is_dir():
+        found = nearest_path(name, folders_only=True)
+        raise FileNotFoundError(f"There is no folder {name}{found or '; check the path'}.")
+    return Path(name)
+
+
+def find_vectors(name: str) -> Path:
+    """A folder of vectors; raises `FileNotFoundError` where it holds none; says how they are made."""
+    if not (Path(name) / "manifest.json").is_file():
+        what = "holds no vectors" if Path(name).is_dir() else "does not exist"
+        raise FileNotFoundError(
+            f"{name} {what}: make them with `cocoa embed SOURCE --model MODEL --output-dir {name}`."
+        )
+    return Path(name)
 
 
 def check_model_folder(name: str) -> str:

@@ -18,8 +18,10 @@ from .arguments import (
     find_checkpoint,
     find_folder,
     find_hub_model,
+    find_images,
     find_model,
     find_repo,
+    find_vectors,
     recipe_file,
 )
 from .quiet import hide_bars, hide_lines
@@ -29,7 +31,7 @@ LIFE = """The life of a model:
   cocoa demo                            see what the bundled model does with emoji
   cocoa train RECIPE                    train your own in three stages
   cocoa eval folder DIR --model MODEL   measure it on your own images; or cocoa eval mmeb
-  cocoa embed DIR --model MODEL --output VECTORS
+  cocoa embed DIR --model MODEL --output-dir VECTORS
                                         embed a collection; cocoa search VECTORS WORDS searches it
   cocoa app --model MODEL --images DIR  search with it in a browser; or cocoa serve MODEL
   cocoa push MODEL ORG/NAME             publish it, after checks
@@ -82,7 +84,7 @@ def begin(what: str, output_dir: Path | None = None) -> None:
 
 AGAIN = "may be given several times."
 CHECKPOINT: dict[str, Any] = {"parser": find_checkpoint, "metavar": "FOLDER|NAME"}
-FOLDER: dict[str, Any] = {"exists": True, "file_okay": False}
+FOLDER: dict[str, Any] = {"parser": find_images, "metavar": "FOLDER"}
 FILE: dict[str, Any] = {"exists": True, "dir_okay": False}
 
 RecipeFile = Annotated[
@@ -134,13 +136,19 @@ def embed_collection(
         ),
     ],
     model: Annotated[str, typer.Option(help="Folder or Hub name of a CoCoA checkpoint.", **CHECKPOINT)],
-    output: Annotated[Path, typer.Option(help="Folder for the vectors.", file_okay=False)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output-dir", "--output", help="Folder for the vectors.", file_okay=False
+        ),  # the former name too
+    ],
     id: Annotated[str | None, typer.Option(help="Column of ids; by default 'id', or the name of a row.")] = None,
     text: Annotated[str | None, typer.Option(help="Column of texts.")] = None,
     image: Annotated[str | None, typer.Option(help="Column of images: paths, bytes, or both.")] = None,
     video: Annotated[str | None, typer.Option(help="Column of paths of videos.")] = None,
     keep: Annotated[
-        list[str] | None, typer.Option(help=f"Column to copy to the output; by default that of texts; {AGAIN}")
+        list[str] | None,
+        typer.Option(help=f"Column to copy to the output; by default that of texts or captions; {AGAIN}"),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of a dataset of the Hub; by default train.")] = None,
     prompt_name: Annotated[str, typer.Option(help="The checkpoint's prompt.")] = "document",
@@ -169,7 +177,7 @@ def embed_collection(
     Call it again after an interruption, or when the collection has grown: what is done is kept. A row that cannot be
     embedded gets an error in place of its vector, and is named at the end.
 
-    Example: `cocoa embed my_pictures --model checkpoints/cocoa-tiny --output vectors`
+    Example: `cocoa embed my_pictures --model checkpoints/cocoa-tiny --output-dir vectors`
 
     Next: `cocoa search vectors "red heart" --html hits.html`
     """
@@ -201,7 +209,7 @@ def embed_collection(
 
 @app.command("search")
 def search_vectors(
-    folder: Annotated[Path, typer.Argument(help="What `cocoa embed` wrote.", **FOLDER)],
+    folder: Annotated[Path, typer.Argument(help="What `cocoa embed` wrote.", parser=find_vectors, metavar="FOLDER")],
     query: Annotated[str | None, typer.Argument(help="Words to search for.")] = None,
     image: Annotated[Path | None, typer.Option(help="Image to search for, with or without words.", **FILE)] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Hits to show.")] = 10,
@@ -216,6 +224,7 @@ def search_vectors(
 
     Next: DuckDB, LanceDB and Qdrant read the same files, see docs/embedding.md.
     """
+    query = (query or "").strip() or None
     if query is None and image is None:
         raise typer.BadParameter("give words to search for, or --image.")
     asked = {"text": query, "image": None if image is None else str(image)}
@@ -312,6 +321,12 @@ def demo(
     ] = None,
     query: Annotated[list[str] | None, typer.Option(help=f"Text to search with; {AGAIN}")] = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for the gallery page, numbers and vectors.")] = Path("demo"),
+    write_images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Only write 318 emoji and a metadata.csv of their names into this new folder.", file_okay=False
+        ),
+    ] = None,
 ) -> None:
     """
     Search the emoji set: scores beside chance and untrained baselines, a few queries, and a gallery page. Vectors are
@@ -320,10 +335,18 @@ def demo(
     Queries are bare names of emoji, as the bundled model was trained on. `cocoa eval emoji` asks the same of it with
     instructions in the style of MMEB, which that model has never seen, and gets far lower scores.
 
-    Example: `cocoa demo --query "a cat with heart eyes"`
+    With --write-images it searches nothing, and writes a folder of images with captions to try other commands on.
+
+    Example: `cocoa demo --query "a cat with heart eyes"`, or `cocoa demo --write-images my_pictures`
 
     Next: `cocoa app --images my_pictures` searches your own images in a browser.
     """
+    if write_images is not None:
+        begin(f"Writing emoji into {write_images}", write_images)
+        from evaluation.emoji import write_images as write
+
+        typer.echo(f"{write(write_images)} images and metadata.csv are in {write_images}")
+        return
     begin("Searching emoji", output_dir)
     from .demo.demo import QUERIES, run_demo
 

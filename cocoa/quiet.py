@@ -17,6 +17,8 @@ LINES = {
     "torch.utils._pytree": "is an Enum subclass and is now natively supported",
     # bitsandbytes (extra [qlora]) looks for a kernel on the Hub that is faster on CPUs, and works without it.
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    # transformers drops the oldest checkpoints by time, and by number where all are of one second, as in small runs.
+    "transformers.trainer_utils": "mtime may not be reliable on this filesystem",
     # Ray (extra [ray]) says of each cluster that it starts that nobody else may use it.
     "ray._private.authentication.authentication_token_setup": "Token authentication is enabled",
 }

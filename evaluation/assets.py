@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .naming import nearest
+from .naming import nearest, nearest_path
 
 INSTALLED = Path(__file__).parent / "_assets"
 """A wheel carries `data/` and `checkpoints/` here; a checkout has them beside the packages."""
@@ -49,15 +49,13 @@ def find_recipe(name: str | os.PathLike) -> Path:
     The path of a recipe: a file, or the name of one that comes with the package.
 
     Raises:
-        FileNotFoundError: there is neither; lists those that come with the package.
+        FileNotFoundError: there is neither; names the nearest, and lists those that come with the package.
     """
     if (path := Path(name)).is_file():
         return path
     recipes = Path(__file__).parents[1] / "trainers" / "recipes"
     installed = {recipe.stem: recipe for recipe in sorted(recipes.glob("*.yaml"))}
     if str(name) not in installed:
-        raise FileNotFoundError(
-            f"There is no recipe {str(name)!r}{nearest(Path(name).stem, installed)}: give a file, or one of "
-            f"{list(installed)}."
-        )
+        meant = (nearest_path(path) if path.suffix else "") or nearest(path.stem, installed)
+        raise FileNotFoundError(f"There is no recipe {str(name)!r}{meant}: give a file, or one of {list(installed)}.")
     return installed[str(name)]

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import csv
+import os
+from pathlib import Path
+
 import numpy as np
 from datasets import Dataset
 
@@ -17,6 +21,35 @@ CUTOFFS = (1, 5, 10)
 def load_emoji() -> Dataset:
     """The emoji set that comes with this project, all splits; images are decoded when a row is read."""
     return Dataset.from_parquet(str(asset_path("data/emoji.parquet")))
+
+
+def write_images(folder: str | os.PathLike) -> int:
+    """
+    Write every sixth emoji as a PNG file into a new folder, with a `metadata.csv` of their names: images with captions
+    to try things on.
+
+    Args:
+        folder (`str` or `os.PathLike`): Must not exist, or be empty.
+
+    Returns:
+        `int`: How many there are.
+
+    Raises:
+        FileExistsError: the folder holds something.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds something already: name a new folder.")
+    emoji = load_emoji()
+    rows = emoji.select(range(0, len(emoji), 6))
+    with open(folder / "metadata.csv", "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file_name", "text"])
+        for code, name, image in zip(rows["codepoint"], rows["name"], rows["noto"], strict=True):
+            image.convert("RGB").save(folder / f"{code}.png")
+            table.writerow([f"{code}.png", name])
+    return len(rows)
 
 
 def split_rows(emoji: Dataset) -> dict[str, np.ndarray]:

@@ -12,23 +12,15 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Image, Value, load_dataset
 
-from modeling_cocoa.folders import list_images
+from modeling_cocoa.folders import CAPTIONS, list_images
 
-from .digests import digest_content, digest_file
+from .digests import digest_content
+from .folder_report import FOLDER_TASKS, folder_report
 from .mmeb.data import BenchmarkData, Item, TaskData
-from .mmeb.evaluate import run_models
-from .mmeb.report import task_cell
+from .mmeb.evaluate import digest_images, run_models
 from .mmeb.scores import Scores
 from .mmeb.tasks import Task
 from .naming import nearest
-
-CAPTIONS = ("text", "caption")
-"""Columns that captions are read from where none is named."""
-
-FOLDER_TASKS = (
-    Task("Caption-to-image", "retrieval", "text_to_image", in_domain=False),
-    Task("Image-to-caption", "retrieval", "image_to_text", in_domain=False),
-)
 
 
 def run_folder(
@@ -42,7 +34,9 @@ def run_folder(
     **options: Any,
 ) -> list[Scores]:
     """
-    Score models on a folder of images with captions, and write what [`~mmeb.evaluate.run_mmeb`] writes.
+    Score models on a folder of images with captions, and write what [`~mmeb.evaluate.run_mmeb`] writes, without a
+    chart. A row without a caption, or whose image is missing, cannot be read, or was named before, is left out and
+    counted.
 
     Args:
         models (`Sequence[str]`): Folders or Hub names of CoCoA checkpoints.
@@ -58,20 +52,23 @@ def run_folder(
         ValueError: the folder has no images, or no captions.
     """
     rows = read_images(folder, caption, needs_captions=True)
-    captions = {image["path"]: text for image, text in zip(rows["image"], rows["text"], strict=True) if text}
-    if not captions:
+    pairs, left_out = caption_pairs(rows)
+    if not pairs:
         raise ValueError(f"All captions in {folder} are empty.")
-    revision = digest_content(sorted((digest_file(path), text) for path, text in captions.items()))
-    data = FolderData(dict.fromkeys(FOLDER_TASKS, rows), str(folder), revision, Path(folder).resolve(), captions)
+    digests = digest_images(path for path, _ in pairs.values())
+    revision = digest_content(sorted((digests[path] or "missing", text) for path, text in pairs.values()))
+    tasks, image_dir = dict.fromkeys(FOLDER_TASKS, rows), Path(folder).resolve()
+    data = FolderData(tasks, str(folder), revision, image_dir, pairs, left_out)
     return run_models(
         models,
         baselines,
         data,
         output_dir,
         folder_report,
+        has_chart=False,
         benchmark=f"Images and captions of {Path(folder).resolve().name}",
         of_tasks=len(FOLDER_TASKS),
-        limit=queries if queries < len(captions) else None,
+        limit=queries if queries < len(pairs) else None,
         on_bad_row="skip",
         **options,
     )
@@ -83,7 +80,7 @@ def read_images(folder: str | os.PathLike, caption: str | None = None, *, needs_
 
     Args:
         folder (`str` or `os.PathLike`): With or without a `metadata.csv` (or `.jsonl`) of `file_name` and captions.
-        caption (`str`, *optional*): The column of captions; by default one of [`CAPTIONS`].
+        caption (`str`, *optional*): The column of captions; by default `text` or `caption`.
         needs_captions (`bool`, defaults to `False`): Whether a folder without captions is an error.
 
     Returns:
@@ -114,16 +111,44 @@ def read_images(folder: str | os.PathLike, caption: str | None = None, *, needs_
     return rows.select_columns(["image"]).add_column("text", texts)
 
 
+def caption_pairs(rows: Dataset) -> tuple[dict[int, tuple[str, str]], dict[int, str]]:
+    """
+    The rows that can be asked about.
+
+    Args:
+        rows ([`~datasets.Dataset`]): As [`read_images`] gives them.
+
+    Returns:
+        By row the path of an image and its caption; and by row why others are left out.
+    """
+    pairs: dict[int, tuple[str, str]] = {}
+    left_out: dict[int, str] = {}
+    seen = set()
+    for row, (image, text) in enumerate(zip(rows["image"], rows["text"], strict=True)):
+        if image is None:
+            left_out[row] = "it names no image."
+        elif text is None:
+            left_out[row] = "it has no caption."
+        elif image["path"] in seen:
+            left_out[row] = "an earlier row names the same image."
+        else:
+            seen.add(image["path"])
+            pairs[row] = image["path"], text
+    return pairs, left_out
+
+
 @dataclass(frozen=True)
 class FolderData(BenchmarkData):
     """
     The two tasks of a folder.
 
     Args:
-        captions (`dict[str, str]`): By the path of the image.
+        pairs (`dict[int, tuple[str, str]]`): By row the path of an image and its caption.
+        left_out (`dict[int, str]`): By row why others cannot be asked about.
     """
 
-    captions: dict[str, str]
+    pairs: dict[int, tuple[str, str]]
+    left_out: dict[int, str]
 
     def read(self, task: Task, *, limit: int | None = None, on_bad_row: str = "skip") -> TaskData:
         """
@@ -131,20 +156,22 @@ class FolderData(BenchmarkData):
         that do not have it.
         """
         data = FolderTask(task, has_instructions=False, on_bad_row=on_bad_row)
-        paths = list(self.captions)
-        asked = range(len(paths))
+        for row, reason in self.left_out.items():
+            data.leave_out(row, reason)
+        asked = list(self.pairs)
         if limit is not None:
-            asked = sorted(np.random.default_rng(0).permutation(len(paths))[:limit].tolist())
-        names = {path: os.path.relpath(path, self.image_dir) for path in paths}
+            drawn = np.random.default_rng(0).permutation(len(asked))[:limit]
+            asked = [asked[place] for place in sorted(drawn.tolist())]
+        names = {path: os.path.relpath(path, self.image_dir) for path, _ in self.pairs.values()}
         finds_images = task.form == "text_to_image"
-        for path, caption in self.captions.items():
+        for path, caption in self.pairs.values():
             places = ((path, None),) if finds_images else ((None, caption),)
             data.candidates.setdefault(names[path] if finds_images else caption, Item(places, "document"))
         for row in asked:
-            path, caption = paths[row], self.captions[paths[row]]
+            path, caption = self.pairs[row]
             data.queries[row] = Item(((None, caption),) if finds_images else ((path, None),), "query")
             if finds_images:
-                wrong = [names[other] for other in paths if self.captions[other] != caption]
+                wrong = [names[other] for other, text in self.pairs.values() if text != caption]
                 data.lists[row] = [names[path], *wrong]
             else:
                 data.lists[row] = [caption, *(other for other in data.candidates if other != caption)]
@@ -164,29 +191,3 @@ class FolderTask(TaskData):
             elif bad:
                 self.lists[row] = [name for name in self.lists[row] if name not in bad]
         self.check_is_left()
-
-
-def folder_report(scores: Sequence[Scores]) -> str:
-    """A table of recall by direction and model, beside chance."""
-    lines = [f"# {scores[0].benchmark}", "", "Recall (R) and MRR in percent; brackets hold the 95 % interval of R@1."]
-    for task in FOLDER_TASKS:
-        found = [(of_model.model, score) for of_model in scores for score in of_model.tasks if score.task == task.name]
-        first = found[0][1]
-        title = task.name.replace("-", " ")
-        lines += ["", f"## {title}: {first.queries:,} queries, {first.candidates:,} candidates", ""]
-        lines += ["| model | R@1 | R@5 | R@10 | MRR@10 |", "|---|" + "---:|" * 4]
-        for model, score in found:
-            low, high = score.interval
-            values = (score.recall_at_5, score.recall_at_10, score.mrr_at_10)
-            cells = [f"{task_cell(score)} ({low:.0f}–{high:.0f})", *(f"{value:.1f}" for value in values)]
-            lines.append(f"| {model} | {' | '.join(cells)} |")
-        chance = [f"{100 * min(1.0, k / first.candidates):.1f}" for k in (1, 5, 10)]
-        lines.append(f"| chance | {' | '.join(chance)} | |")
-    few = min(score.queries for of_model in scores for score in of_model.tasks)
-    if few < 50:
-        lines += ["", f"**{few} queries are few**: mind the intervals before you compare models."]
-    lines += [
-        "",
-        "Intervals cover the choice of queries alone. `pages/` in each model's folder shows hits and misses.",
-    ]
-    return "\n".join(lines) + "\n"

@@ -57,8 +57,8 @@ def main() -> None:
         num_train_epochs=options.epochs,
         per_device_train_batch_size=64,
         mini_batch_num_tokens=4096,
-        # A large model knows a lot already, and small steps keep it that way. The tiny one has to learn more.
-        learning_rate=1e-3 if is_tiny else 1e-4,
+        learning_rate=1e-4,  # a model knows something already, and small steps keep it that way
+        **({"temperature": 0.1} if is_tiny else {}),  # as it was trained with: with another it would forget
         bf16=has_gpu,
         gradient_checkpointing=has_gpu,
         max_pixels=None if is_tiny else 512 * 28 * 28,  # larger pictures are made smaller: 512 tokens at most

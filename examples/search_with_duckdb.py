@@ -3,7 +3,7 @@
 Search the vectors of `cocoa embed` with SQL, in DuckDB (`pip install duckdb`). Nothing is copied: DuckDB reads the
 parquet files.
 
-    cocoa embed my_pictures --model my_model/final --output vectors
+    cocoa embed my_pictures --model my_model/final --output-dir vectors
     python examples/search_with_duckdb.py vectors "boats at sea"
 """
 

@@ -2,7 +2,7 @@
 """
 Search the vectors of `cocoa embed` in LanceDB (`pip install lancedb`).
 
-    cocoa embed my_pictures --model my_model/final --output vectors
+    cocoa embed my_pictures --model my_model/final --output-dir vectors
     python examples/search_with_lancedb.py vectors "boats at sea" --database my_database
 
 The first call copies the parquet files into a table. With `cocoa embed --format lance` there is nothing to copy: the

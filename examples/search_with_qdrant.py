@@ -2,7 +2,7 @@
 """
 Search the vectors of `cocoa embed` in Qdrant, in its local mode, which needs no server (`pip install qdrant-client`).
 
-    cocoa embed my_pictures --model my_model/final --output vectors
+    cocoa embed my_pictures --model my_model/final --output-dir vectors
     python examples/search_with_qdrant.py vectors "boats at sea" --database my_database
 
 The first call copies the vectors. For a server, give its address to `QdrantClient(url=...)` instead of `path=...`.

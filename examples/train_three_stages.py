@@ -9,7 +9,8 @@ many thousands of rows, and a model that is to learn more than your captions.
     python examples/train_three_stages.py my_pictures --output my_model
 
 Stopped half-way? Call it again: it goes on from the last checkpoint. On a laptop, try it with the tiny model that
-comes with the package: add `--model tiny --max-steps 20`.
+comes with the package: add `--model tiny --max-steps 20`. It has been through its contrastive stage, so that its
+reconstruction heads are new ones; the log says so.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from sentence_transformers.base.model_card import format_duration
 from sentence_transformers.sentence_transformer import SentenceTransformerModelCardData
 
+from evaluation.folder_report import folder_tables, is_of_folder
 from evaluation.mmeb.report import MEANS, markdown_report
 from evaluation.mmeb.scores import Scores
 from evaluation.mmeb.tasks import published_on
@@ -133,13 +134,7 @@ class CocoaModelCardData(SentenceTransformerModelCardData):
             "stages": stage_table(records),
             "stage_data": stage_datasets(records),
             "versions": records[-1].versions if records else {},
-            "results": [
-                (
-                    markdown_report([scores], published_on(scores.benchmark), heading="###").strip(),
-                    chart_of(folder, scores),
-                )
-                for scores in results
-            ],
+            "results": [(result_tables(scores), chart_of(folder, scores)) for scores in results],
             "picture": PICTURE if (folder / PICTURE).is_file() else None,
             "mark": CARD_MARK,
         }
@@ -201,8 +196,20 @@ def total_emissions(records: Sequence[StageRecord]) -> dict[str, Any] | None:
     return {**records[-1].emissions, **totals}
 
 
+def result_tables(scores: Scores) -> str:
+    """A result as tables in Markdown: a benchmark's beside published figures, a folder's with intervals."""
+    if not is_of_folder(scores):
+        return markdown_report([scores], published_on(scores.benchmark), heading="###").strip()
+    return folder_tables([scores], heading="###") + (
+        "\nA folder of the author's own, whose images the model may have been trained on: this is not checked."
+    )
+
+
 def model_index(name: str, results: Iterable[Scores]) -> list[dict[str, Any]] | None:
-    """Results as the Hub's metadata, without those of parts of a benchmark."""
+    """
+    Results as the Hub's metadata, without those of parts of a benchmark, and of folders of images, which nobody else
+    can measure: the metadata has no place for their intervals.
+    """
     found = [
         EvalResult(
             task_type="feature-extraction",
@@ -214,7 +221,7 @@ def model_index(name: str, results: Iterable[Scores]) -> list[dict[str, Any]] | 
             metric_value=round(value, 2),
         )
         for scores in results
-        if not scores.is_partial
+        if not scores.is_partial and not is_of_folder(scores)
         for part, value in scores.means().items()
         if part in MEANS and value is not None
     ]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 from rich.filesize import decimal
@@ -81,8 +81,8 @@ def push_model(
         FileNotFoundError: there is no such folder.
         ValueError: `repo_id` is not a valid name.
         FolderError: the folder failed the checks; lists all problems.
-        PushError: there is no valid login, or the Hub did not accept the push. A dry run only prints that the login
-            is missing.
+        PushError: there is no valid login, or the Hub did not accept the push. A dry run only prints that there is no
+            login, or that it failed.
     """
     folder, console = Path(folder), console or Console()
     if not folder.is_dir():
@@ -122,7 +122,10 @@ def check_login(token: str | None, console: Console, dry_run: bool) -> None:
     except Exception as error:  # of huggingface_hub or its HTTP library, which differs by version
         if not dry_run:
             raise PushError(f"The login failed, so nothing was uploaded: {error}") from error
-        console.print(f"The login failed, and a push would fail: {error}", style="yellow", markup=False)
+        if token is None and get_token() is None:
+            console.print("Not logged in: a dry run needs no login, the push does (`hf auth login`, or HF_TOKEN).")
+        else:
+            console.print(f"The login failed, and a push would fail: {error}", style="yellow", markup=False)
 
 
 @contextmanager

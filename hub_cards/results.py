@@ -8,13 +8,14 @@ import re
 from pathlib import Path
 
 from evaluation.digests import weights_digest
+from evaluation.folder_report import is_of_folder
 from evaluation.mmeb.report import draw_chart
 from evaluation.mmeb.scores import Scores
 from evaluation.mmeb.tasks import published_on
 from modeling_cocoa.files import atomic_write
 
 RESULTS_FOLDER = "evaluation"
-"""In a model's folder: a JSON file and a chart for each benchmark."""
+"""In a model's folder: a JSON file for each benchmark or folder of images, and the chart of a benchmark."""
 
 
 def read_results(folder: str | os.PathLike) -> list[Scores]:
@@ -44,7 +45,7 @@ def check_results(folder: str | os.PathLike) -> None:
 
 def add_result(folder: str | os.PathLike, scores_file: str | os.PathLike) -> Scores:
     """
-    Copy the result of an evaluation into the folder of the evaluated model, and draw its chart.
+    Copy the result of an evaluation into the folder of the evaluated model, and draw the chart of a benchmark's.
 
     Args:
         folder (`str` or `os.PathLike`): Of the model.
@@ -66,8 +67,12 @@ def add_result(folder: str | os.PathLike, scores_file: str | os.PathLike) -> Sco
         )
     target = Path(folder) / RESULTS_FOLDER
     target.mkdir(exist_ok=True)
-    with atomic_write(target / f"{file_name(scores)}.png") as chart:
-        draw_chart([scores], published_on(scores.benchmark), chart)
+    chart = target / f"{file_name(scores)}.png"
+    if is_of_folder(scores):
+        chart.unlink(missing_ok=True)  # earlier versions drew one, of means over kinds of tasks
+    else:
+        with atomic_write(chart) as path:
+            draw_chart([scores], published_on(scores.benchmark), path)
     scores.write(target / f"{file_name(scores)}.json")
     return scores
 

@@ -14,6 +14,8 @@ import numpy as np
 from .errors import CocoaInputError
 from .media import media_kind
 
+CAPTIONS = ("text", "caption")
+"""Columns of a folder's `metadata.csv` that captions are read from where none is named."""
 CHUNK = 1024
 """Inputs that are embedded together, which is what an interruption may lose."""
 

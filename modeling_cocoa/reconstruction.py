@@ -220,7 +220,10 @@ class CocoaForReconstruction(PreTrainedModel):
         heads = {} if heads_file is None else load_file(heads_file)
         if not heads and backbone.cocoa.mask_token_id is not None:
             logger.warning(
-                "Starting new reconstruction heads: %s has no %s (or it could not be fetched).", name, HEADS_FILE
+                "The reconstruction heads are new: %s has no %s (or it could not be fetched); a model that has been "
+                "through its contrastive stage has none.",
+                name,
+                HEADS_FILE,
             )
         lm_head = heads.get("lm_head.weight")
         if lm_head is None and not backbone.config.tie_word_embeddings:

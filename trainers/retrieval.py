@@ -11,11 +11,16 @@ import transformers
 from datasets import Dataset
 from sentence_transformers.sentence_transformer.evaluation import SequentialEvaluator
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from evaluation.folder_report import FEW_QUERIES
 
 from .data.content import content_key
 from .data.contrastive_rows import prompts_of
 from .data.rows import open_images, undecoded
 from .tracking import SampledRetrieval
+
+logger = logging.get_logger(__name__)
 
 RANKS = (1, 5, 10)
 """The k of Recall@k; the last one is that of MRR and nDCG too."""
@@ -32,7 +37,8 @@ def retrieval_evaluator(
     sentence-transformers' retrieval evaluators, one a dataset: Recall@1, @5, @10, MRR@10 and nDCG@10 by its name.
 
     Queries that are the same, and positives that are the same, count as one, so a query may have several positives.
-    The score of all together (`sequential_score`) is the mean of the datasets' nDCG@10.
+    The score of all together (`sequential_score`) is the mean of the datasets' nDCG@10. Warns of a dataset that is too
+    small for its figures to mean anything.
 
     Args:
         datasets ([`~datasets.Dataset`] or a dict of them): With `query` and `positive`. Their images are held in
@@ -56,6 +62,14 @@ def retrieval_evaluator(
                 if key not in found:
                     found[key] = open_images(cell, image_size)
             relevant.setdefault(query_id, set()).add(positive_id)
+        if len(queries) < FEW_QUERIES:
+            where = f" ({name})" if name else ""
+            logger.warning(
+                f"Held-out pairs{where}: only {len(dataset)}, so figures of retrieval mean little. "
+                f"Queries: {len(queries)}; candidates: {len(corpus)}, of which chance finds {100 / len(corpus):.0f} % "
+                f"first and {100 * min(1.0, RANKS[-1] / len(corpus)):.0f} % among the first {RANKS[-1]}. Hold out "
+                f"{FEW_QUERIES} pairs or more."
+            )
         evaluators.append(
             SampledRetrieval(
                 queries,

@@ -143,6 +143,8 @@ def content_key(item: dict[str, Any], prompt: str | None) -> str:
         content = ["text", item["text"]]
     elif item["image"].get("bytes") is not None:
         content = ["image", digest_content(item["image"]["bytes"])]
+    elif not Path(item["image"]["path"]).is_file():  # the model says so
+        content = ["missing", item["image"]["path"]]
     else:
         content = ["image", digest_file(item["image"]["path"])]
     return digest_content([prompt, *content])

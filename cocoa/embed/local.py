@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from threading import Thread
 from typing import Any
 
+from ..quiet import hide_lines
 from .worker import Job, ShardWorker
 
 SECONDS_TO_END = 5
@@ -92,6 +93,7 @@ def serve(connection: Connection, job: Job, threads: int, device: str) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that half a file is removed
     Thread(target=end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # before torch is imported
+    hide_lines()  # a process of ours alone
     worker = ShardWorker(job, threads, device)
     while True:
         try:

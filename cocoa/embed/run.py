@@ -8,7 +8,7 @@ import logging
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ def embed_dataset(
         text (`str`, *optional*): Column of texts.
         image (`str`, *optional*): Column of images: paths, bytes, or both.
         video (`str`, *optional*): Column of paths of videos.
-        keep (`Iterable[str]`, *optional*): Columns to copy to the output; by default that of texts.
+        keep (`Iterable[str]`, *optional*): Columns to copy to the output; by default those of an earlier call for the
+            same output, or that of texts or captions; see [`find_source`].
         split (`str`, *optional*): Of a dataset of the Hub; by default train.
         prompt_name (`str`, defaults to `"document"`): The checkpoint's prompt.
         format (`str`, defaults to `"parquet"`): Or `"lance"`, a dataset of Lance, and a table of LanceDB.
@@ -119,8 +120,10 @@ def embed_dataset(
     folder = Path(output).expanduser().absolute()
     old = read_manifest(folder)
     if folder.is_relative_to(Path(source).expanduser().absolute()):
-        raise ValueError(f"--output: {folder} is in the source, {source}; give a folder elsewhere.")
+        raise ValueError(f"--output-dir: {folder} is in the source, {source}; give a folder elsewhere.")
     found = find_source(source, split=split, id=id, text=text, image=image, video=video, keep=keep)
+    if keep is None and old.get("source") == found.label and {*old["columns"]["keep"]} <= {*found.schema.names}:
+        found = replace(found, keep=tuple(old["columns"]["keep"]))
     rows_per_shard = rows_per_shard or old.get("rows_per_shard") or ROWS_PER_SHARD
     settings = {
         "source": found.label,
@@ -175,7 +178,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if (folder / MANIFEST).is_file():
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if any(folder.glob("shard-*")) or (folder / LANCE).exists():
-        raise ValueError(f"{folder} holds shards without a {MANIFEST}; give another --output.")
+        raise ValueError(f"{folder} holds shards without a {MANIFEST}; give another --output-dir.")
     return {}
 
 
@@ -222,7 +225,7 @@ def check_same(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> 
             was = f"by another model ({old['model']}), or its weights, configuration or processor were changed"
         else:
             was = f"with {name} {old.get(name)!r}, and not {value!r}"
-        raise ValueError(f"{folder} holds vectors that were made {was}. Give the same again, or another --output.")
+        raise ValueError(f"{folder} holds vectors that were made {was}. Give the same again, or another --output-dir.")
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -120,21 +120,22 @@ class VectorFolder:
             shard, row = hit.place
             found = next(items(source, self.plan, shard, [row])).input if source else {}
             value = {} if isinstance(found, ValueError) else found
-            shown = [thumbnail(value["image"])] if value.get("image") is not None else []
-            words = value.get("text") or ""
-            shown.append(f'<figcaption>{escape(words or str(hit.id))}<span class="score">{hit.score:.3f}</span>')
+            kept = (text for text in hit.columns.values() if isinstance(text, str) and text)
+            words = value.get("text") or next(kept, str(hit.id))
+            shown = [thumbnail(value["image"], words)] if value.get("image") is not None else []
+            shown.append(f'<figcaption>{escape(words)}<span class="score">{hit.score:.3f}</span>')
             title = escape(str(hit.id), quote=True)
             figures.append(f'<li><figure title="{title}">{"".join(shown)}</figcaption></figure></li>\n')
-        asked = escape(query.get("text") or "")
-        if query.get("image") is not None:
-            asked += thumbnail(query["image"])
-        body = (
-            f'<div class="card"><div class="query">{asked}</div>\n<ol class="found">\n{"".join(figures)}</ol></div>\n'
-        )
+        asked, shown = query.get("text") or "", ""
+        if (image := query.get("image")) is not None:
+            file_name = os.path.basename(str(image))
+            asked = f"{asked}, {file_name}" if asked else file_name
+            shown = f'<div class="query">{thumbnail(image, file_name)}</div>\n'
+        body = f'<div class="card">{shown}<ol class="found">\n{"".join(figures)}</ol></div>\n'
         name = os.path.basename(self.manifest["source"])
         rows = f"The nearest of {self.manifest['rows']:,} rows of {name}, with their cosine similarities."
         with atomic_write(path) as file:
-            file.write_text(render_page("Search", rows, body, STYLE), encoding="utf-8")
+            file.write_text(render_page(f"Search: {asked}", rows, body, STYLE), encoding="utf-8")
 
 
 def nearest(
@@ -191,11 +192,11 @@ def agreement(codes: np.ndarray, vector: np.ndarray) -> np.ndarray:
     return 8 * codes.shape[1] - np.bitwise_count(codes ^ np.packbits(vector > 0)).sum(axis=1, dtype=np.int32)
 
 
-def thumbnail(value: Any) -> str:
-    """An image, or the first of several, as HTML; empty where it cannot be read."""
+def thumbnail(value: Any, words: str) -> str:
+    """An image, or the first of several, as HTML, described by words; why where it cannot be read."""
     try:
         image = load_image(value[0] if isinstance(value, list) else value)
     except ValueError as error:
         return f"<p class='note'>{escape(str(error))}</p>"
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return f'<img src="{data_url(image)}" alt="">'
+    return f'<img src="{data_url(image)}" alt="{escape(words, quote=True)}">'

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import fsspec
 import pyarrow as pa
 
+from evaluation.naming import nearest, nearest_path
+
 from .formats import ENDINGS, FORMATS, Piece, import_lance
 
 BUILDERS = {"imagefolder": "images", "json": "json", "webdataset": "tar"}
@@ -178,7 +180,8 @@ def find_source(
             called: the path of an image in its folder, and `file:row` for others.
         text, image, video (`str`, *optional*): Columns of the parts of an input. By default the only one of these
             names that there is.
-        keep (`Iterable[str]`, *optional*): Columns that go to the output; by default that of texts.
+        keep (`Iterable[str]`, *optional*): Columns that go to the output; by default that of texts, and of a folder of
+            images that of captions, `text` or `caption`.
 
     Raises:
         FileNotFoundError, ValueError: there is nothing, or it is of several kinds; a column does not exist; it is not
@@ -204,10 +207,18 @@ def find_source(
         chosen[found[0]] = found[0]
     if id is None and "id" in schema.names:
         id = "id"
-    kept = tuple(keep) if keep is not None else tuple(filter(None, [text or chosen["text"]]))
+    if keep is None:
+        keep = filter(None, [text or chosen["text"]])
+        if text is None and ending in METADATA:
+            from modeling_cocoa.folders import CAPTIONS
+
+            keep = [name for name in CAPTIONS if name in schema.names][:1]
+    kept = tuple(keep)
     for option, column in {**chosen, "id": id, **{f"keep {column}": column for column in kept}}.items():
         if column is not None and column not in schema.names:
-            raise ValueError(f"--{option}: {name} has no column {column!r}; it has {schema.names}.")
+            raise ValueError(
+                f"--{option}: {name} has no column {column!r}{nearest(column, schema.names)}; it has {schema.names}."
+            )
     if reserved := [column for column in kept if column in ("id", "embedding", "error") and column != id]:
         raise ValueError(f"The output has a column {reserved[0]!r} of its own; do not keep that of the source.")
     if id is not None and not (pa.types.is_integer(kind := schema.field(id).type) or is_text(kind)):
@@ -228,13 +239,14 @@ def locate(name: str, split: str | None) -> tuple[str, tuple[str, ...], str, str
     if is_local and not glob.has_magic(name) and not os.path.exists(place):
         if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not os.path.isdir(name.split("/")[0]):
             return locate_dataset(name, split or "train")
-        raise FileNotFoundError(f"There is no file or folder {name}; check the path.")
+        raise FileNotFoundError(f"There is no file or folder {name}{nearest_path(name) or '; check the path'}.")
     if split is not None:
         raise ValueError(f"--split is for datasets of the Hub; {name} is a path. Give the path of the split instead.")
     if glob.has_magic(name) or not fs.isdir(place):
         ending = next((ending for ending in ENDINGS if place.endswith(ending)), None)
         if ending is None and not place.endswith(".lance"):
-            raise ValueError(f"{name} is of an unknown kind; known are {[*ENDINGS, '.lance']} and folders.")
+            known = ", ".join([*ENDINGS, ".lance"])
+            raise ValueError(f"{name} is of an unknown kind: give a folder of images, or files of rows ({known}).")
         places = tuple(sorted(fs.unstrip_protocol(path) if not is_local else path for path in fs.glob(place)))
         if not places:
             raise FileNotFoundError(f"{name} matches no file.")
@@ -258,8 +270,18 @@ def locate(name: str, split: str | None) -> tuple[str, tuple[str, ...], str, str
         if any(is_image(f"name{ending}") for ending in counts):
             kinds[""] = "images"
     if len(kinds) != 1:
-        what = f"files of several kinds ({dict(counts)})" if kinds else f"nothing to embed ({dict(counts) or 'empty'})"
-        raise ValueError(f"{name} holds {what}; give a glob of one kind, such as '{name}/*.parquet'.")
+        there = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in counts.most_common())
+        if not kinds:
+            known = ", ".join([*ENDINGS, ".lance"])
+            raise ValueError(
+                f"{name} holds nothing that can be embedded ({there or 'it is empty'}): give a folder of images, or "
+                f"files of rows ({known})."
+            )
+        tables = next(ending for ending in kinds if ending)
+        advice = f"give files of one kind, such as '{name}/*{tables}'"
+        if "" in kinds:
+            advice += ", a folder of the images alone, or call the file that names the images metadata.csv or .jsonl"
+        raise ValueError(f"{name} holds files of several kinds ({there}): {advice}.")
     ((ending, format),) = kinds.items()
     return format, (place,), ending, place
 

@@ -100,6 +100,7 @@ def run_models(
     image_resolution: str | None = None,
     batch_size: int | None = None,
     revision: str | None = None,
+    has_chart: bool = True,
     console: Console | None = None,
 ) -> list[Scores]:
     """
@@ -111,6 +112,7 @@ def run_models(
         models, baselines, output_dir: As in [`run_mmeb`].
         benchmark, of_tasks, limit, on_bad_row: As in [`evaluate_model`].
         image_resolution, batch_size, revision: As in [`Encoder`].
+        has_chart (`bool`, defaults to `True`): Draw the means by kind of task.
         console ([`~rich.console.Console`], *optional*): Where to print.
     """
     state, console, folder = PartialState(), console or Console(), Path(output_dir)
@@ -142,12 +144,13 @@ def run_models(
     report = write_report(found)
     write_text(folder / "report.md", report)
     console.print(Markdown(report))
-    try:
-        with atomic_write(folder / "chart.png") as path:
-            draw_chart(found, published_on(benchmark), path)
-    except ImportError:
-        console.print("No chart: matplotlib is not installed; run pip install 'cocoa-embed[bench]'.")
-    console.print(f"Report, chart, scores and pages: {folder.resolve()}", soft_wrap=True)
+    if has_chart:
+        try:
+            with atomic_write(folder / "chart.png") as path:
+                draw_chart(found, published_on(benchmark), path)
+        except ImportError:
+            console.print("No chart: matplotlib is not installed; run pip install 'cocoa-embed[bench]'.")
+    console.print(f"Report, scores and pages: {folder.resolve()}", soft_wrap=True)
     return found
 
 

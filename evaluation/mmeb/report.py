@@ -88,7 +88,7 @@ def task_cell(task: TaskScore) -> str:
     if is_shown_with_ties(task):
         text += f" ({task.precision_at_1_ties_against:.1f})"
     if task.skipped_rows:
-        text += f", {task.skipped_rows} rows skipped"
+        text += f", {task.skipped_rows} row{'s' * (task.skipped_rows > 1)} skipped"
     return text
 
 

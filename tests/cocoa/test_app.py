@@ -85,7 +85,7 @@ def test_a_folder_is_searched_with_its_texts_and_without(images, tmp_path, encod
 
 
 def test_a_folder_that_holds_no_images_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="none contains no images"):
+    with pytest.raises(NotADirectoryError, match="There is no folder .*none"):
         load_images(tmp_path / "none")
     with pytest.raises(ValueError, match="contains no images"):
         load_images(tmp_path)
@@ -117,6 +117,13 @@ def test_images_that_cannot_be_read_are_left_out_counted_and_named(encoder, tmp_
         (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=r"None of the images can be read\. .*b\.png cannot be read as an image"):
         SearchIndex(encoder, load_images(tmp_path), {})
+
+
+def test_an_image_that_metadata_names_and_is_not_there_is_left_out(encoder, tmp_path, caplog):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a\ngone.png,b\n")
+    index = SearchIndex(encoder, load_images(tmp_path), {})
+    assert list(index.rows["name"]) == ["a"] and re.search(r"cannot be read: 1\. .*gone\.png", caplog.text)
 
 
 def test_an_image_and_a_text_of_the_set_find_themselves(page, images):

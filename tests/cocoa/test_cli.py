@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from cocoa import cli, quiet
 from evaluation.assets import asset_path
+from evaluation.folder import read_images
+from modeling_cocoa.media import load_image
 
 ROOT = asset_path("checkpoints").parent
 
@@ -52,6 +54,8 @@ WRONG = [
     ["eval", "mmeb", "--data", "org/data", "--images", "docs"],
     ["eval", "folder", "nofolder"],
     ["eval", "folder", "docs"],
+    ["search", "nofolder", "a heart"],
+    ["search", "docs", "a heart"],
     ["card", "nofolder"],
     ["card", "docs"],
     ["push", "nofolder", "org/model"],
@@ -65,7 +69,7 @@ WRONG = [
 """Arguments that can be seen to be wrong without a library."""
 
 RIGHT = [
-    ["embed", "docs/images", "--model", "checkpoints/cocoa-tiny", "--output", "{tmp}"],
+    ["embed", "docs/images", "--model", "checkpoints/cocoa-tiny", "--output-dir", "{tmp}"],
     ["search", "{tmp}", "a red bicycle"],
     ["serve", "checkpoints/cocoa-tiny"],
     ["check-server", "http://localhost:8000", "--model", "checkpoints/cocoa-tiny"],
@@ -118,6 +122,7 @@ def test_wrong_arguments_wait_for_no_library():
 
 def test_the_first_line_of_each_command_waits_for_no_library(tmp_path):
     (tmp_path / "metadata.csv").touch()
+    (tmp_path / "manifest.json").touch()
     codes, seconds, printed = call([[part.format(tmp=tmp_path) for part in command] for command in RIGHT])
     assert not any(codes) and max(seconds) < 1, list(zip(codes, seconds, RIGHT, strict=True))
     assert printed.count("(loading libraries takes a few seconds)") == len(RIGHT)
@@ -238,6 +243,17 @@ def test_demo_hands_its_options_over(invoke, monkeypatch, tmp_path):
     assert calls == [((None, tmp_path), {"queries": ["a", "b"]})]
 
 
+def test_demo_writes_images_with_captions_into_a_new_folder(invoke, tmp_path):
+    folder = tmp_path / "my_pictures"
+    result = invoke("demo", "--write-images", str(folder))
+    assert result.exit_code == 0 and "318 images and metadata.csv" in result.output
+    rows = read_images(folder)
+    assert len(rows) == len(list(folder.glob("*.png"))) == 318 and all(rows["text"])
+    load_image(rows["image"][-1]["path"])
+    result = invoke("demo", "--write-images", str(folder))
+    assert result.exit_code == 1 and "name a new folder" in result.output
+
+
 def test_a_missing_checkpoint_is_one_clear_line(invoke, tmp_path):
     result = invoke("demo", "--model", str(tmp_path / "none"))
     assert result.exit_code == 1 and "There is no checkpoint folder" in result.output
@@ -249,9 +265,12 @@ def test_a_missing_checkpoint_is_one_clear_line(invoke, tmp_path):
 
 
 def test_an_app_of_no_folder_is_one_clear_line(invoke, tmp_path):
+    (tmp_path / "pictures").mkdir()
     for option in ("--images", "--pictures"):
-        result = invoke("app", option, str(tmp_path / "nowhere"))
-        assert result.exit_code == 2 and "nowhere' does not exist" in " ".join(result.output.replace("│", "").split())
+        for name, said in (("nowhere", "check the path"), ("picutres", "(did you mean pictures?)")):
+            result = invoke("app", option, str(tmp_path / name))
+            assert result.exit_code == 1 and result.output.count("\n") == 1
+            assert f"There is no folder {tmp_path / name}" in result.output and said in result.output
 
 
 def test_a_space_is_listed_and_not_uploaded(invoke):

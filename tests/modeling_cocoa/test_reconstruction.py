@@ -519,7 +519,7 @@ def test_heads_that_are_missing_are_said(tmp_path, model_type, caplog):
     attach_mask_token(model.model, 5)
     model.model.save_pretrained(tmp_path)
     CocoaForReconstruction.from_pretrained(tmp_path)
-    assert "Starting new reconstruction heads" in caplog.text
+    assert "The reconstruction heads are new" in caplog.text
 
 
 def test_an_untied_head_is_read_from_the_generative_checkpoint(tmp_path, model_type):

@@ -194,7 +194,10 @@ def check_contrastive_data(train: Any, evaluation: Any, args: CocoaContrastiveCo
                 f"The evaluation dataset {name!r} has {len(part)} rows for {args.world_size} processes; give each one."
             )
     if args.evaluate_retrieval and evaluation is None:
-        raise ValueError("evaluate_retrieval needs an eval_dataset.")
+        raise ValueError(
+            "evaluate_retrieval needs an eval_dataset: give held-out pairs, or set evaluate_retrieval to False, and "
+            "with it eval_strategy to 'no', load_best_model_at_end to False and early_stopping_patience to None."
+        )
     pairs = args.per_device_train_batch_size * (args.world_size if args.gather_across_devices else 1)
     for name, part in named_parts(train).items():
         if len(input_columns(part)) == 2 and (pairs == 1 or len(part) == 1):

@@ -49,10 +49,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
         else:  # how many there are is seen in a pass only
             sizes = [len(batch) for batch in self.batches()]
             self.steps = len(sizes)
-            if sizes and sum(sizes) < len(sizes) * sampler.batch_size / 2:
-                logger.warning(
-                    f"{type(sampler).__name__} makes steps of {sum(sizes) / len(sizes):.1f} rows of {rows}, where "
-                    f"{sampler.batch_size} were asked for: the data has few different values."
+            room = min(sampler.batch_size, rows)
+            if sizes and sum(sizes) < len(sizes) * room / 2:
+                logger.warning_once(  # evaluation makes a sampler each time
+                    f"{type(sampler).__name__} makes steps of {sum(sizes) / len(sizes):.1f} of the {rows} rows, where "
+                    f"{room} have room: no value comes twice in a step, and the data has few different values."
                 )
         if not self.steps:
             raise ValueError(

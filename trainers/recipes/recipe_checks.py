@@ -79,5 +79,8 @@ def check_texts(name: str, dataset: Dataset | IterableDataset) -> None:
             is_text = str(cells.type) in ("string", "large_string")
             for cell in cells:
                 if not cell.is_valid or (is_text and not cell.as_py().strip()):
-                    raise ValueError(f"Row {row} of {name!r} (the first is row 0): column {column!r} is empty.")
+                    raise ValueError(
+                        f"Row {row} of {name!r} (the first is row 0): column {column!r} is empty. Fill it, or set "
+                        "on_bad_row='skip'."
+                    )
                 row += 1

@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
-from evaluation.naming import nearest
+from evaluation.naming import nearest, nearest_path
 
 from ..data.augment import augment_images
 from ..data.mmeb import mmeb_pairs
@@ -185,6 +185,7 @@ def read_source(
         subset (`str`, *optional*): Which of several that `name` lists.
 
     Raises:
+        FileNotFoundError: there are no such data; names the nearest folder.
         ValueError: `layout` is unknown, `image_dir` or a column of `where` does not exist, or there is no row.
     """
     options = {**options, **({} if subset is None else {"name": subset})}
@@ -202,6 +203,9 @@ def read_source(
             rows = datasets.load_dataset(**{"split": "train", **options})
     except (TypeError, ValueError) as error:  # of datasets, which does not know which source it was asked for
         raise ValueError(f"data: the source {options} cannot be read: {error}") from error
+    except FileNotFoundError as error:
+        meant = nearest_path(folder) if (folder := options.get("data_dir")) and not os.path.isdir(folder) else ""
+        raise FileNotFoundError(f"data: the source {options} cannot be read: {error}{meant}") from error
     if where:
         rows = select_rows(rows, where)
     if layout not in (None, "mmeb_train"):

@@ -372,6 +372,17 @@ def other_model(model: Path, folder: Path) -> Path:
     return folder
 
 
+def test_columns_that_are_kept_stay_those_of_the_first_call(images, tmp_path, here):
+    """As in an output from before captions were kept."""
+    folder = images(3, names=True)
+    embed(folder, tmp_path / "out", keep=[])
+    before = files_of(tmp_path / "out")
+    embed(folder, tmp_path / "out")
+    assert files_of(tmp_path / "out") == before
+    with pytest.raises(ValueError, match=r"'keep': \[\].*and not .*'keep': \['text'\]"):
+        embed(folder, tmp_path / "out", keep=["text"])
+
+
 def test_libraries_that_changed_are_named(images, tmp_path, here):
     folder = images(3)
     embed(folder, tmp_path / "out")
@@ -417,7 +428,7 @@ def test_a_source_that_vanishes_is_one_clear_error_and_not_a_million_bad_rows(im
 def test_an_output_that_cannot_be_written_is_one_line(images, tmp_path, here):
     folder = images(2)
     (tmp_path / "file").touch()
-    words = ["embed", str(folder), "--model", TINY, "--output", str(tmp_path / "file" / "out")]
+    words = ["embed", str(folder), "--model", TINY, "--output-dir", str(tmp_path / "file" / "out")]
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 1 and "Traceback" not in result.output
     assert "Not a directory" in result.output.splitlines()[-1] and len(result.output.splitlines()) == 2
@@ -426,7 +437,7 @@ def test_an_output_that_cannot_be_written_is_one_line(images, tmp_path, here):
 def test_the_command_counts_and_names(images, tmp_path, here):
     folder = images(12)
     (folder / "bad.png").write_bytes(b"")
-    words = ["embed", str(folder), "--model", TINY, "--output", str(tmp_path / "out"), "--rows-per-shard", "8"]
+    words = ["embed", str(folder), "--model", TINY, "--output-dir", str(tmp_path / "out"), "--rows-per-shard", "8"]
     result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 0 and f"12 of 13 rows are embedded in {tmp_path / 'out'}." in result.output
     assert "1 have an error" in result.output and "  bad.png: " in result.output

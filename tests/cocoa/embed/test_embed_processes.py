@@ -23,19 +23,31 @@ from cocoa.embed import ray_guard
 from cocoa.embed.local import available_cores
 from cocoa.embed.output import Output
 from cocoa.embed.run import embed_dataset
+from cocoa.quiet import LINES
 from tests.cocoa.embed.conftest import ROOT, TINY
 
 ENVIRONMENT = {
-    **os.environ,
+    **{name: value for name, value in os.environ.items() if name != "TORCH_LOGS"},
     "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
-    "TORCH_LOGS": "-torch.utils._pytree",
 }
 
 
 def command(source: Path, output: Path, *options: object) -> list[str]:
-    words = ["embed", source, "--model", TINY, "--output", output, "--rows-per-shard", 16, "--workers", 2, *options]
+    words = [
+        "embed",
+        source,
+        "--model",
+        TINY,
+        "--output-dir",
+        output,
+        "--rows-per-shard",
+        16,
+        "--workers",
+        2,
+        *options,
+    ]
     return [sys.executable, "-m", "cocoa", *map(str, words)]
 
 
@@ -54,6 +66,7 @@ def start(source: Path, output: Path, *options: object) -> subprocess.Popen:
 def finish(process: subprocess.Popen) -> str:
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed[-4000:]
+    assert not [text for text in LINES.values() if text in printed], printed
     return printed
 
 
@@ -142,15 +155,19 @@ def test_wrong_arguments_answer_at_once(tmp_path):
     """Before torch is imported."""
     (tmp_path / "rows.jsonl").write_text('{"text": "a", "image": "b.png"}\n')
     cases = [
-        (["embed", "nothing", "--model", TINY, "--output", "out"], "There is no file or folder nothing"),
-        (["embed", "rows.jsonl", "--model", TINY, "--output", "out"], "Say which columns"),
-        (["embed", "rows.jsonl", "--model", TINY, "--output", "out", "--text", "t"], "has no column 't'"),
+        (["embed", "nothing", "--model", TINY, "--output-dir", "out"], "There is no file or folder nothing"),
+        (["embed", "rows.jsonl", "--model", TINY, "--output-dir", "out"], "Say which columns"),
+        (["embed", "rows.jsonl", "--model", TINY, "--output-dir", "out", "--text", "t"], "has no column 't'"),
         (
-            ["embed", "rows.jsonl", "--text", "text", "--model", TINY, "--output", "out", "--address", "x"],
+            ["embed", "rows.jsonl", "--text", "text", "--model", TINY, "--output-dir", "out", "--address", "x"],
             "--engine ray",
         ),
-        (["embed", "rows.jsonl", "--model", "nofolder", "--output", "out"], "There is no checkpoint folder"),
-        (["search", "nothing", "a"], "does not exist"),
+        (["embed", "rows.jsonl", "--model", "nofolder", "--output-dir", "out"], "There is no checkpoint folder"),
+        (
+            ["search", "nothing", "a"],
+            "nothing does not exist: make them with `cocoa embed SOURCE --model MODEL --output-dir",
+        ),
+        (["search", ".", "a"], ". holds no vectors: make them with `cocoa embed"),
     ]
     code = """
 import sys, time

@@ -68,9 +68,11 @@ def test_the_command_prints_hits_and_writes_a_page(folder, tmp_path):
     assert [line.split() for line in lines[:3]] == [[f"{hit.score:.3f}", hit.id] for hit in expected]
     assert lines[3] == f"The page is {page}"
     text = page.read_text(encoding="utf-8")
-    assert text.count("<img src=") == 3 and name in text
-    result = CliRunner().invoke(cli.app, ["search", str(tmp_path / "out")])
-    assert result.exit_code == 2 and "give words to search for" in " ".join(result.output.split())
+    assert text.count("<img src=") == 3 and f"<title>Search: {name}</title>" in text
+    assert all(f'alt="{hit.id}"' in text for hit in expected)
+    for words in ([], [""], [" "]):
+        result = CliRunner().invoke(cli.app, ["search", str(tmp_path / "out"), *words])
+        assert result.exit_code == 2 and "give words to search for" in " ".join(result.output.split())
     # Without the source, there are no images.
     folder.rename(tmp_path / "elsewhere")
     result = CliRunner().invoke(cli.app, ["search", str(tmp_path / "out"), name, "--html", str(page)])
@@ -83,6 +85,19 @@ def test_texts_that_are_kept_are_printed(tmp_path, here):
     embed(tmp_path / "rows.jsonl", tmp_path / "out")
     hit = VectorFolder(tmp_path / "out").search({"text": names[4]})[0]
     assert hit.id == names[4][::-1] and hit.columns == {"text": names[4]} and hit.score == pytest.approx(1, abs=1e-5)
+
+
+def test_captions_describe_the_images_of_a_page(images, tmp_path, here):
+    folder = images(3, names=True)
+    embed(folder, tmp_path / "out")
+    vectors, query = VectorFolder(tmp_path / "out"), {"image": str(folder / "001.png")}
+    hits = vectors.search(query)
+    names = [name for name, _ in emoji(3)]
+    assert hits[0].columns == {"text": names[1]}
+    vectors.write_page(tmp_path / "page.html", query, hits)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<title>Search: 001.png</title>" in page and 'alt="001.png"' in page
+    assert all(f'alt="{name}"' in page and f"<figcaption>{name}<" in page for name in names)
 
 
 def test_vectors_of_another_model_are_refused(folder, tmp_path):

@@ -112,6 +112,16 @@ def test_a_folder_of_images_with_and_without_metadata(images, tmp_path):
         assert not has_names or [item.input["text"] for item in found] == [name for name, _ in emoji(7)]
 
 
+def test_captions_of_a_folder_are_kept_and_not_embedded(images, tmp_path):
+    source = find_source(str(images(3, names=True)))
+    (tmp_path / "out").mkdir()
+    plan = make_plan(source, tmp_path / "out", 10)
+    found = list(items(source, plan, 0))
+    assert [item.kept for item in found] == [{"text": name} for name, _ in emoji(3)]
+    assert all(set(item.input) == {"image"} for item in found)
+    assert find_source(str(tmp_path / "images"), keep=[]).keep == ()
+
+
 @pytest.mark.parametrize("is_path", [False, True])
 def test_images_of_datasets_are_bytes_or_paths_beside_the_table(images, tmp_path, is_path):
     folder = images(3)
@@ -172,8 +182,21 @@ def test_bad_lines_are_rows_with_a_reason(tmp_path):
         ("both.jsonl", {}, "Say which columns of .* to embed"),
         ("floats.jsonl", {}, "--id: the column 'id' holds double"),
         ("broken.parquet", {}, "broken.parquet cannot be read"),
-        ("notes.txt", {}, "of an unknown kind"),
-        (".", {}, "holds files of several kinds"),
+        ("rows/a.parquet", {"text": "txet"}, r"no column 'txet' \(did you mean text\?\)"),
+        ("row", {}, r"no file or folder row \(did you mean rows\?\)"),
+        ("notes.txt", {}, "of an unknown kind: give a folder of images, or files of rows"),
+        (
+            "notes",
+            {},
+            r"notes holds nothing that can be embedded \(1 .txt\): give a folder of images, or files of rows",
+        ),
+        ("void", {}, r"void holds nothing that can be embedded \(it is empty\)"),
+        (".", {}, r"files of several kinds \(.*2 .jsonl.*\): give files of one kind, such as './\*.parquet'"),
+        (
+            "mixed",
+            {},
+            r"\(1 .png, 1 .csv\): give .* 'mixed/\*.csv', a folder of the images alone, or call .* metadata.csv",
+        ),
     ],
 )
 def test_a_wrong_source_is_one_clear_error(tmp_path, monkeypatch, name, options, message):
@@ -182,6 +205,9 @@ def test_a_wrong_source_is_one_clear_error(tmp_path, monkeypatch, name, options,
     (tmp_path / "floats.jsonl").write_text('{"text": "a", "id": 0.5}\n')
     (tmp_path / "broken.parquet").write_text("no parquet")
     (tmp_path / "notes.txt").write_text("")
+    for place in ("notes/a.txt", "mixed/a.png", "mixed/captions.csv", "void/.hidden"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         find_source(name, **options)

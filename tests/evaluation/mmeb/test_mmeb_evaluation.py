@@ -99,7 +99,7 @@ def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path, data, name):
         evaluate_model(encoder, loaded, tmp_path / "error", **options)
     scores = evaluate_model(encoder, loaded, tmp_path / "skip", on_bad_row="skip", **options)
     assert (scores.tasks[0].queries, scores.tasks[0].skipped_rows, scores.is_partial) == (1, 1, True)
-    assert "1 rows skipped" in markdown_report([scores]) and "**Partial**" in markdown_report([scores])
+    assert "1 row skipped" in markdown_report([scores]) and "**Partial**" in markdown_report([scores])
     lines = (results(tmp_path / "skip") / "queries" / "VOC2007.jsonl").read_text().splitlines()
     assert json.loads(lines[1])["row"] == 1 and str(tmp_path) not in lines[1]
 

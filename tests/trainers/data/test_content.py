@@ -69,8 +69,19 @@ def test_no_step_has_equal_content_twice(tmp_path, model, processor, emoji, kind
         assert len({row // 4 for row in batch}) == len(batch) == 4
 
 
-def test_retrieval_counts_equal_content_once(forms):
+def test_retrieval_counts_equal_content_once(forms, caplog):
     files = forms[1:4]
     rows = Dataset.from_dict({"query": ["a", "a", "b"], "positive": files})
     evaluator = retrieval_evaluator(rows).evaluators[0]
     assert len(evaluator.corpus) == 1 and len(evaluator.queries) == 2
+    (told,) = caplog.messages
+    assert "Held-out pairs: only 3, so figures of retrieval mean little. Queries: 2; candidates: 1," in told
+    assert "chance finds 100 % first and 100 % among the first 10" in told
+
+
+def test_of_queries_enough_nothing_is_said(caplog):
+    many = Dataset.from_dict({"query": [f"q{i}" for i in range(50)], "positive": [f"p{i}" for i in range(50)]})
+    retrieval_evaluator(many)
+    assert not caplog.messages
+    retrieval_evaluator({"birds": many.select(range(40))})
+    assert "Held-out pairs (birds): only 40" in caplog.text and "2 % first and 25 % among" in caplog.text

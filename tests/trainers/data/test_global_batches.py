@@ -155,6 +155,18 @@ def test_few_different_values_make_short_steps_of_all_rows_or_an_error(processes
         assert {row for batch in batches for row in batch} == set(range(128))
 
 
+@pytest.mark.parametrize(("values", "told"), [(11, 0), (2, 1)])
+def test_few_rows_are_no_few_values_and_few_values_are_told_once(values, told, caplog):
+    """Eleven rows for steps of 64: the size of the data is no fault of its values."""
+    for _ in range(2):  # as two evaluations do
+        rows = Dataset.from_dict(
+            {"query": [f"q{i}" for i in range(11)], "positive": [f"{i % values}" for i in range(11)]}
+        )
+        inner = NoDuplicatesBatchSampler(rows, 64, False, generator=torch.Generator(), precompute_hashes=True)
+        GlobalBatchSampler(inner, 11, 1)
+    assert caplog.text.count("where 11 have room") == caplog.text.count("different values") == told
+
+
 def test_two_processes_see_another_order_every_epoch(tmp_path):
     """Through accelerate, which tells the epoch to what lies inside of a batch sampler."""
     seen = []

@@ -321,10 +321,13 @@ def test_quantized_weights_need_adapters(tmp_path, model, processor):
         run_recipe(recipe, lambda name: ROOT / name)
 
 
-def test_the_command_says_what_is_wrong():
+def test_the_command_says_what_is_wrong(tmp_path):
     result = CliRunner().invoke(cocoa_app, ["train", "nowhere.yaml"])
     assert result.exit_code == 1
     assert "no recipe 'nowhere.yaml'" in result.output and "tiny" in result.output
+    (tmp_path / "mine.yaml").touch()
+    result = CliRunner().invoke(cocoa_app, ["train", str(tmp_path / "mien.yaml")])
+    assert "(did you mean mine.yaml?)" in result.output
 
 
 def test_a_prompt_by_dataset_is_for_all_of_its_variants():

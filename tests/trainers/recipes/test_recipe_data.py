@@ -9,7 +9,14 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from trainers.data.datasets import ReconstructionDataset
-from trainers.recipes.recipe_data import assemble, column_texts, contrastive_data, reconstruction_data, select_rows
+from trainers.recipes.recipe_data import (
+    assemble,
+    column_texts,
+    contrastive_data,
+    read_source,
+    reconstruction_data,
+    select_rows,
+)
 
 ROOT = Path(__file__).parents[3]
 
@@ -171,3 +178,10 @@ def test_pre_training_reads_the_pairs_of_contrastive_training(tmp_path):
         (name,), (rows,) = zip(*reconstruction_data(data, lambda name: tmp_path / name).items(), strict=True)
         assert name == "x" and rows[0] == row
         assert set(ReconstructionDataset(rows, 0)[0]) == {"query", "positive", "index", "seed"}
+
+
+def test_a_folder_that_is_not_there_is_named_with_the_nearest(tmp_path):
+    (tmp_path / "my_pictures").mkdir()
+    source = {"path": "imagefolder", "data_dir": str(tmp_path / "my_picture")}
+    with pytest.raises(FileNotFoundError, match=r"the source .*imagefolder.* \(did you mean my_pictures\?\)"):
+        read_source(source, Path)
