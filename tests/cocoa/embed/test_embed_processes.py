@@ -119,6 +119,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_killed_workers_and_a_stopped_run_end_in_the_files_of_one_that_was_left_alone(
     images, tmp_path, here, one_thread
 ):
@@ -143,6 +144,7 @@ def test_killed_workers_and_a_stopped_run_end_in_the_files_of_one_that_was_left_
         assert shards(tmp_path / "out") == shards(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_driver(images, tmp_path):
     process = start(images(96), tmp_path / "out")
     workers = wait_for(lambda: [pid for pid in descendants(process.pid)], 120)
