@@ -71,19 +71,14 @@ class HeldOut:
     What decides that a drawing shows a concept of the validation or test split of `emoji.parquet`.
 
     Args:
-        emoji (`Iterable[dict]`): Rows with `codepoint`, `split`, `name`, and `names`, those in other languages.
+        emoji (`Iterable[dict]`): Rows with `split`, `name`, and `names`, those in other languages.
     """
 
     def __init__(self, emoji: Iterable[dict[str, Any]]) -> None:
         rows = [row for row in emoji if row["split"] != "train"]
-        self.code_points = {bare_code_point(row["codepoint"]) for row in rows}
         names = (name for row in rows for name in (row["name"], *row["names"].values()))
         self.names = {words_of(without_kind(name)) for name in names} - {()}
         self._longest = max(map(len, self.names), default=0)
-
-    def has_code_point(self, code_point: str) -> bool:
-        """Whether it is one of a held-out concept, with or without variation selectors."""
-        return bare_code_point(code_point) in self.code_points
 
     def is_named_in(self, *texts: str) -> bool:
         """Whether one of the texts has the name of a held-out concept in it, in any of its languages."""
