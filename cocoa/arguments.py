@@ -55,21 +55,18 @@ def find_folder(name: str) -> Path:
     return Path(check_model_folder(name))
 
 
-def no_folder(name: str) -> FileNotFoundError:
-    """The error of a checkpoint folder that does not exist, with the nearest that does."""
+def no_folder(name: str, kind: str = "checkpoint folder") -> FileNotFoundError:
+    """The error of a folder that does not exist, with the nearest that does."""
     from evaluation.naming import nearest_path
 
     found = nearest_path(name, folders_only=True)
-    return FileNotFoundError(f"There is no checkpoint folder {name}{found or '; check the path'}.")
+    return FileNotFoundError(f"There is no {kind} {name}{found or '; check the path'}.")
 
 
 def find_images(name: str) -> Path:
     """A folder of images, or of anything else; raises `FileNotFoundError` with the nearest where there is none."""
-    from evaluation.naming import nearest_path
-
     if not Path(name).is_dir():
-        found = nearest_path(name, folders_only=True)
-        raise FileNotFoundError(f"There is no folder {name}{found or '; check the path'}.")
+        raise no_folder(name, "folder")
     return Path(name)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import comb
 
 import numpy as np
@@ -43,8 +43,8 @@ class EverydayScore:
     """
 
     found: dict[str, list[str]]
-    hits: list[str] = field(default_factory=list)
-    chance: float = 0.0
+    hits: list[str]
+    chance: float
 
     @property
     def percent(self) -> float:
@@ -63,10 +63,8 @@ def score_words(words: Mapping[str, Sequence[str]], similarity: np.ndarray, name
     """
     order = np.argsort(-similarity, axis=1, kind="stable")[:, :CUTOFF]
     found = {word: [names[column] for column in row] for word, row in zip(words, order, strict=True)}
-    missed = [
-        comb(len(names) - sum(name in set(accepted) for name in names), CUTOFF) / comb(len(names), CUTOFF)
-        for accepted in words.values()
-    ]
+    right = [sum(map(set(accepted).__contains__, names)) for accepted in words.values()]
+    missed = [comb(len(names) - count, CUTOFF) / comb(len(names), CUTOFF) for count in right]
     return EverydayScore(
         found,
         hits=[word for word, accepted in words.items() if set(found[word]) & set(accepted)],

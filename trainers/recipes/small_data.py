@@ -21,6 +21,7 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -109,7 +110,7 @@ def words_of(text: str) -> tuple[str, ...]:
 
 
 def fetch(folder: Path) -> None:
-    """Download the packages into a folder, each once; raises `SystemExit` where one of the programs fails."""
+    """Download the packages into a folder, each once; raises `SystemExit` where a program is missing or fails."""
     folder.mkdir(parents=True, exist_ok=True)
     commands = {
         "npm": ["npm", "pack", "--silent"],
@@ -123,10 +124,10 @@ def fetch(folder: Path) -> None:
                 continue
             try:
                 subprocess.run([*commands[program], package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-            except (OSError, subprocess.CalledProcessError) as error:
-                raise SystemExit(
-                    f"{' '.join(commands[program])} {package} failed ({error}): install the program."
-                ) from error
+            except OSError as error:
+                raise SystemExit(f"{package} comes by {commands[program][0]}, which cannot be run: {error}") from error
+            except subprocess.CalledProcessError as error:
+                raise SystemExit(f"{package} was not downloaded; its program says why above: {error}") from error
             done.touch()
 
 
@@ -178,7 +179,7 @@ def as_png(image: Image.Image) -> bytes | None:
 
 
 def iconify(folder: Path, name: str) -> Iterator[tuple[str, str]]:
-    """The name and SVG of each icon of a set, those that are drawn alike once."""
+    """The name and SVG of each icon of a set; icons that are another one turned are left out."""
     files = dict(read_archive(archive_of(folder, f"@iconify-json/{name}")))
     icons = json.loads(files["icons.json"])
     for icon, own in icons["icons"].items():
@@ -341,6 +342,8 @@ def unpack_teacher(folder: Path, target: Path) -> None:
 
 def main() -> None:
     """Write `drawings.parquet`, `words.parquet` and the folder `teacher`, what is there already left as it is."""
+    if find_spec("resvg_py") is None:
+        raise SystemExit("Drawings need resvg-py: pip install 'cocoa-embed[drawings]'")
     packages = FOLDER / "packages"
     fetch(packages)
     for name, make in (("drawings", make_drawings), ("words", make_words)):
